@@ -1,0 +1,172 @@
+"""Tasks and the three buffers that self-play fills (one per task type).
+
+What it does: holds validated tasks in a ring that drops the oldest, refuses duplicates (programs that are the same up
+to names, layout and comments), draws references uniformly, reads and writes JSONL.
+What it leaves out: weighting by age or difficulty (the paper reports collapse with recency weighting) and anything
+that needs a model or runs a program.
+Paper: section 3.3.1 (buffer initialisation) and 3.3.2 (inputs from the buffers). The official code keeps the *oldest*
+entries once a buffer is full, which freezes what the solver trains on; here the newest stay.
+
+    buffer = Buffer(capacity=16384); buffer.add(zero_task("deduction")); buffer.sample(6, random.Random(0))
+"""
+
+import ast
+import hashlib
+import json
+import random
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+KINDS = ("abduction", "deduction", "induction")
+
+
+@dataclass
+class Task:
+    """One validated triplet (program, input, output); for induction one program with N pairs and a message.
+
+    All values are text: an input is what stands between the parentheses of `f(...)`, an output is the canonical
+    literal that the executor reported. The first `visible` pairs of an induction task are shown to the solver, the
+    others are hidden (paper: half and half).
+    """
+
+    kind: str
+    program: str
+    inputs: list[str]
+    outputs: list[str]
+    message: str = ""
+    visible: int = 1
+    step: int = 0  # when it was added; 0 = seed
+    id: str = ""
+    references: list[str] = field(default_factory=list)  # ids of the tasks its proposer was shown
+    solve_rate: float | None = None
+    depth: int | None = None  # difficulty label of a held-out task, if it has one
+
+    @property
+    def hidden_inputs(self) -> list[str]:
+        return self.inputs[self.visible :]
+
+    @property
+    def hidden_outputs(self) -> list[str]:
+        return self.outputs[self.visible :]
+
+
+def zero_task(kind: str) -> Task:
+    """The zero triplet, the only task that is given (paper Figure 5): the identity program. As an induction task it
+    gets six pairs of mixed types and a message, as in the official code."""
+    program = "def f(x):\n    return x"
+    if kind != "induction":
+        return Task(kind, program, ["'Hello world'"], ["'Hello world'"], id=f"zero-{kind}")
+    values = ["'Hello world'", "1", "[1, 2, 3]", "{'a': 1}", "(True, False)", "-2.5"]
+    return Task(kind, program, values, list(values), "f returns its argument unchanged.", 3, id="zero-induction")
+
+
+def has_docstring(node: ast.AST) -> bool:
+    """Whether a module, class or function starts with a docstring that can go without leaving it empty."""
+    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) or len(node.body) < 2:
+        return False
+    first = node.body[0]
+    return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+
+
+def normalise(program: str) -> str:
+    """A digest that is equal for programs that differ only in layout, comments, docstrings and the names they bind.
+
+    The tree is walked breadth first without recursion, so that a deeply nested program cannot exhaust the stack.
+    Raises SyntaxError (or ValueError) if the text is not Python.
+    """
+    tree = ast.parse(program)
+    bound: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if has_docstring(node):
+            del node.body[0]
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.setdefault(node.name, f"name{len(bound)}")
+        elif isinstance(node, ast.arg):
+            bound.setdefault(node.arg, f"name{len(bound)}")
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bound.setdefault(node.id, f"name{len(bound)}")
+    digest = hashlib.sha256()
+    for node in ast.walk(tree):
+        parts = [type(node).__name__]
+        for name, value in ast.iter_fields(node):
+            if isinstance(value, list):
+                parts.append(f"{name}[{len(value)}]")
+            elif isinstance(value, str) and name in ("id", "arg", "name"):
+                parts.append(bound.get(value, value))
+            elif not isinstance(value, ast.AST):
+                parts.append(f"{name}={type(value).__name__}:{value!r}")
+            else:
+                parts.append(name)
+        digest.update("|".join(parts).encode("utf-8", "backslashreplace") + b"\n")
+    return digest.hexdigest()[:32]
+
+
+def task_key(task: Task) -> str:
+    """What makes two tasks of a buffer the same: the normalised program; for induction also the inputs."""
+    key = normalise(task.program)
+    return key if task.kind != "induction" else f"{key}:{hash_texts(sorted(task.inputs))}"
+
+
+def hash_texts(texts: list[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
+class Buffer:
+    """A ring of tasks: at most `capacity`, the oldest leaves first, no duplicates, uniform draws."""
+
+    def __init__(self, capacity: int = 16384):
+        self.capacity = capacity
+        self.tasks: OrderedDict[str, Task] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks.values())
+
+    def add(self, task: Task) -> bool:
+        """Append a task; False (and no change) if an equal one is already there."""
+        key = task_key(task)
+        if key in self.tasks:
+            return False
+        self.tasks[key] = task
+        if len(self.tasks) > self.capacity:
+            self.tasks.popitem(last=False)
+        return True
+
+    def sample(self, count: int, rng: random.Random) -> list[Task]:
+        """Up to `count` different tasks, uniformly without replacement."""
+        tasks = list(self.tasks.values())
+        return rng.sample(tasks, min(count, len(tasks)))
+
+    def added_at(self, step: int) -> list[Task]:
+        """The tasks that came in at one step (the "new" slice of the solve batch)."""
+        return [task for task in self.tasks.values() if task.step == step]
+
+
+def save_tasks(path: Path, tasks) -> None:
+    """Write tasks as JSONL, oldest first."""
+    with path.open("w", encoding="utf-8") as file:
+        for task in tasks:
+            file.write(json.dumps(asdict(task)) + "\n")
+
+
+def load_tasks(path: Path) -> list[Task]:
+    """Read tasks from JSONL. Raises ValueError naming file and line when a line is not a whole task."""
+    known = {item.name for item in fields(Task)}
+    tasks = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                task = Task(**{name: value for name, value in record.items() if name in known})
+            except (json.JSONDecodeError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: not a whole task ({error}); delete the line or restore the file"
+                ) from None
+            if task.kind not in KINDS or not task.inputs or len(task.inputs) != len(task.outputs):
+                raise ValueError(f"{path}, line {number}: a task needs a kind of {KINDS} and one output per input")
+            tasks.append(task)
+    return tasks

@@ -1,0 +1,276 @@
+"""Six prompts (propose and solve, for three task types) and the parsers of their answers.
+
+What it does: turns tasks into prompt text and response text back into programs, inputs, outputs and messages.
+A parser is the inverse of its prompt: both name the same fences, and the tests build a response and parse it back.
+What it leaves out: judging. Nothing here runs a program or decides whether an answer is right (`executor.py` does).
+Paper: section 3.2 (tasks and prompts) and its appendix; the wording is this project's own. Two deliberate differences:
+the difficulty criteria of abduction and deduction stand with the task they belong to (the official prompts have them
+swapped), and a prompt promises only what the code enforces.
+
+    text = wrap(solve_prompt(task), tokenizer)                 # what the model reads
+    parts = split_response(response)                           # think, answer, formatted
+    answer = parse_answer("deduction", parts.answer)           # what the executor judges
+"""
+
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from buffers import KINDS, Task
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The wrapper around all six prompts (paper: R1-style tags, plain text).
+
+PREAMBLE = (
+    "A user poses a task and an assistant solves it. The assistant first reasons step by step and then answers. "
+    "The reasoning stands between <think> and </think>, the final answer between <answer> and </answer>, "
+    "and the reply has exactly these two parts:\n<think>\nreasoning\n</think>\n<answer>\nfinal answer\n</answer>\n"
+)
+PLAIN = PREAMBLE + "User: {task}\nAssistant: "
+CHAT = PREAMBLE + "\n{task}"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces that several prompts share. A reference and a pair show exactly the fences that an answer must have.
+
+MODULES = "math, re, collections, itertools, functools, heapq, string, bisect, operator, copy"
+RULES = (
+    "Rules for the program:\n"
+    "- Its entry point is a function named `f` that takes at least one argument and returns a value other than None. "
+    "Helper functions, nested functions and classes are allowed.\n"
+    "- It may import only these modules: " + MODULES + ".\n"
+    "- It is deterministic: no randomness, no clock, no files, no network, no keyboard input, and no state kept from "
+    "one call to the next.\n"
+    "- Arguments and the returned value are plain Python literals (numbers, strings, booleans, lists, tuples, dicts, "
+    "sets). A call takes at most one second and its result stays short.\n"
+)
+REFERENCE = "\nExample {number}:\n```python\n{program}\n```\n```input\n{input}\n```\n```output\n{output}\n```\n"
+REFERENCES = "\nThese tasks exist already. Yours must be clearly different from all of them.\n"
+PROPOSE_FORMAT = (
+    "\nPlan the task inside the think tags. Then give the program in a fenced `python` block and one test input in a "
+    "fenced `input` block. The input block holds only the arguments of `f`, as they would stand between the "
+    "parentheses of the call: separated by commas, strings in quotes. The shape of a reply:\n"
+    "the plan </think>\n<answer>\n```python\ndef f(items, k):\n    ...\n    return result\n```\n"
+    "```input\n[3, 1, 2], 2\n```\n</answer>\n"
+)
+GOOD_TASK = "The best task is one that a good solver gets right in some attempts and wrong in others.\n"
+
+PROPOSE = {
+    "abduction": (
+        "Invent a new task about a Python program. Another person will see the program and its output, but not the "
+        "input, and must find an input that produces this output. Make it hard to reason backwards: let the program "
+        "transform its input in several dependent steps, so that the input cannot simply be read off the output. "
+        + GOOD_TASK
+        + RULES
+        + "{references}"
+        + PROPOSE_FORMAT
+    ),
+    "deduction": (
+        "Invent a new task about a Python program. Another person will see the program and an input, and must predict "
+        "the exact output without running it. Make it hard to predict: let state change over several dependent steps "
+        "(loops, conditions, recursion, data structures), so that the output cannot be guessed from the input. "
+        + GOOD_TASK
+        + RULES
+        + "{references}"
+        + PROPOSE_FORMAT
+    ),
+    "induction": (
+        "Below is a Python program `f`. Write {count} test inputs for it and one message. Another person will see the "
+        "message and some of the inputs with their outputs, but never the program, and must write a program that also "
+        "gives the right outputs for the other inputs. Choose inputs that differ from each other and together show "
+        "everything the program does. The message describes the task or gives a hint; it does not contain the code. "
+        + GOOD_TASK
+        + "\n```python\n{program}\n```\n"
+        "\nPlan inside the think tags. Then give {count} fenced `input` blocks, all different, and after them one "
+        "fenced `message` block. An input block holds only the arguments of `f`, as they would stand between the "
+        "parentheses of the call: separated by commas, strings in quotes.{example} The shape of a reply:\n"
+        "the plan </think>\n<answer>\n```input\nfirst input\n```\n```input\nsecond input\n```\n"
+        "(and so on, {count} input blocks in all)\n```message\nthe message\n```\n</answer>\n"
+    ),
+}
+EXAMPLE_INPUT = " One input that works:\n```input\n{input}\n```\n"
+
+SOLVE = {
+    "abduction": (
+        "Find an input for which this Python program returns the output below. Any input that gives exactly this "
+        "output counts.\n```python\n{program}\n```\n```output\n{output}\n```\n"
+        "Reason step by step inside the think tags. Then answer with one fenced `input` block that holds only the "
+        "arguments of `f`, as they would stand between the parentheses of the call: separated by commas, strings in "
+        "quotes. For example, for f(text, n) the answer could be:\n<answer>\n```input\n'abc', 2\n```\n</answer>\n"
+    ),
+    "deduction": (
+        "Predict what this Python program returns for the input below.\n```python\n{program}\n```\n"
+        "```input\n{input}\n```\n"
+        "Reason step by step inside the think tags. Then answer with one fenced `output` block that holds only the "
+        "returned value as a Python literal, strings in quotes. For example:\n<answer>\n```output\n[1, 'two']\n```\n"
+        "</answer>\n"
+    ),
+    "induction": (
+        "Write a Python program that turns each input into its output. It is tested on further inputs that are not "
+        "shown.\n{pairs}\nA message from the author of the task:\n```message\n{message}\n```\n"
+        + RULES
+        + "\nReason step by step inside the think tags and check your program against every pair. Then answer with "
+        "the whole program in one fenced `python` block; its entry point must be named `f`. The shape of the answer:\n"
+        "<answer>\n```python\ndef f(x):\n    ...\n    return result\n```\n</answer>\n"
+    ),
+}
+PAIR = "\n```input\n{input}\n```\n```output\n{output}\n```\n"
+
+
+def fragments() -> list[str]:
+    """Every fixed stretch of text in the prompts above, longest first: a tokenizer can make each a single token."""
+    templates = [PLAIN, REFERENCE, REFERENCES, EXAMPLE_INPUT, PAIR, *PROPOSE.values(), *SOLVE.values()]
+    pieces = {literal for text in templates for literal, *_ in string.Formatter().parse(text) if literal}
+    return sorted(pieces, key=len, reverse=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks to prompts.
+
+
+def propose_prompt(kind: str, references: Sequence[Task], n_inputs: int = 10) -> str:
+    """The task text of the proposer (paper section 3.2, "Proposing Tasks").
+
+    `references`: up to K earlier tasks to differ from; for induction exactly one task, whose program is to be
+    described. `n_inputs`: N of the paper. Raises ValueError for an induction prompt without a program.
+    """
+    if kind == "induction":
+        if not references:
+            raise ValueError("an induction proposal needs one task whose program it describes")
+        source = references[0]
+        example = EXAMPLE_INPUT.format(input=source.inputs[0]) if source.inputs else ""
+        return PROPOSE[kind].format(program=source.program, count=n_inputs, example=example)
+    shown = [
+        REFERENCE.format(number=number, program=task.program, input=task.inputs[0], output=task.outputs[0])
+        for number, task in enumerate(references, 1)
+    ]
+    return PROPOSE[kind].format(references=REFERENCES + "".join(shown) if shown else "")
+
+
+def solve_prompt(task: Task) -> str:
+    """The task text of the solver: it never shows the output (deduction), the input (abduction) or the program and
+    the hidden pairs (induction)."""
+    if task.kind == "induction":
+        visible = zip(task.inputs[: task.visible], task.outputs[: task.visible], strict=True)
+        pairs = "".join(PAIR.format(input=i, output=o) for i, o in visible)
+        return SOLVE["induction"].format(pairs=pairs, message=task.message)
+    if task.kind == "abduction":
+        return SOLVE["abduction"].format(program=task.program, output=task.outputs[0])
+    return SOLVE["deduction"].format(program=task.program, input=task.inputs[0])
+
+
+def wrap(task_text: str, tokenizer, template: str = "plain", prefill_think: bool = True) -> str:
+    """Put the think/answer wrapper around a task text. `template`: "plain" (the paper) or "chat" (the tokenizer's own
+    chat template, for instruct models). With `prefill_think` the prompt ends with the opening think tag."""
+    if template == "chat":
+        messages = [{"role": "user", "content": CHAT.format(task=task_text)}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    else:
+        text = PLAIN.format(task=task_text)
+    return text + ("<think>" if prefill_think else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Responses back to tasks and answers. Any text may come in; nothing here raises on it.
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A response taken apart. `formatted` is the format test F of the reward: think, then only white space, then
+    answer, from the very start; text after the closing answer tag is allowed."""
+
+    think: str
+    answer: str
+    formatted: bool
+
+
+FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>.*?</answer>", re.DOTALL)
+
+
+def split_response(response: str, prefilled: bool = True) -> Parts:
+    """Take a response apart; `prefilled`: the prompt already held the opening think tag. The last answer counts."""
+    text = "<think>" + response if prefilled else response
+    match = FORMAT.match(text)
+    head, opening, tail = text.rpartition("<answer>")
+    answer = tail.partition("</answer>")[0] if opening else ""
+    think = match.group(1) if match else head.replace("<think>", "").partition("</think>")[0]
+    return Parts(think.strip(), answer.strip("\n"), match is not None)
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """All fenced blocks as (label, content), in order. A fence with a label closes a block that was left open, and a
+    closing fence may stand at the end of the last line; an unfinished last block does not count."""
+    blocks: list[tuple[str, str]] = []
+    label: str | None = None
+    lines: list[str] = []
+    for line in text.split("\n"):
+        mark = line.strip()
+        if mark.startswith("```"):
+            if label is not None:
+                blocks.append((label, "\n".join(lines)))
+            opens = label is None or mark != "```"
+            label, lines = (mark[3:].strip().lower(), []) if opens else (None, [])
+        elif label is not None and mark.endswith("```"):
+            blocks.append((label, "\n".join([*lines, line.rstrip()[:-3].rstrip()])))
+            label, lines = None, []
+        elif label is not None:
+            lines.append(line)
+    return blocks
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a proposer wrote, not yet run: for induction `program` is empty (it is the one that was shown)."""
+
+    program: str = ""
+    inputs: list[str] = field(default_factory=list)
+    message: str = ""
+
+
+def find_program(blocks: Sequence[tuple[str, str]]) -> str:
+    """The last python (or unlabelled) block that defines `f`, so that an earlier draft does not count; "" if none."""
+    for label, content in reversed(blocks):
+        if label in ("python", "py", "python3", "") and re.search(r"^def f\b", content, re.MULTILINE):
+            return content.strip("\n")
+    return ""
+
+
+def parse_proposal(kind: str, answer: str, n_inputs: int = 10) -> tuple[Proposal | None, str]:
+    """Inverse of the propose prompts. Returns (proposal, "") or (None, cause) with cause one of no_answer,
+    no_program, no_input, no_message, too_few_inputs (induction: fewer than `n_inputs` different ones)."""
+    if not answer.strip():
+        return None, "no_answer"
+    blocks = fenced_blocks(answer)
+    inputs = [content.strip() for label, content in blocks if label == "input" and content.strip()]
+    if kind == "induction":
+        messages = [content.strip() for label, content in blocks if label == "message" and content.strip()]
+        distinct = list(dict.fromkeys(inputs))
+        if not inputs:
+            return None, "no_input"
+        if len(distinct) < n_inputs:
+            return None, "too_few_inputs"
+        if not messages:
+            return None, "no_message"
+        return Proposal(inputs=distinct[:n_inputs], message=messages[-1]), ""
+    program = find_program(blocks)
+    if not program:
+        return None, "no_program"
+    if not inputs:
+        return None, "no_input"
+    return Proposal(program, [inputs[-1]]), ""
+
+
+def parse_answer(kind: str, answer: str) -> str | None:
+    """Inverse of the solve prompts: the text to be judged, None when there is none. The fence named in the prompt
+    comes first; without any fence the whole answer counts (induction always needs a fence)."""
+    blocks = fenced_blocks(answer)
+    if kind == "induction":
+        plain = [content for label, content in blocks if label not in ("input", "output", "message")]
+        return find_program(blocks) or (plain[-1].strip("\n") or None if plain else None)
+    wanted = "input" if kind == "abduction" else "output"
+    named = [content for label, content in blocks if label == wanted]
+    text = named[-1] if named else blocks[-1][1] if blocks else answer
+    return text.strip() or None
+
+
+__all__ = ["KINDS", "Parts", "Proposal", "Task", "parse_answer", "parse_proposal", "propose_prompt", "solve_prompt"]
