@@ -44,13 +44,14 @@ RULES = (
     "- Arguments and the returned value are plain Python literals (numbers, strings, booleans, lists, tuples, dicts, "
     "sets). A call takes at most one second and its result stays short.\n"
 )
-REFERENCE = "\nExample {number}:\n```python\n{program}\n```\n```input\n{input}\n```\n```output\n{output}\n```\n"
+REFERENCE = "\nTask {number}:\n```python\n{program}\n```\n```input\n{input}\n```\nIt returns {output}\n"
 REFERENCES = "\nThese tasks exist already. Yours must be clearly different from all of them.\n"
 PROPOSE_FORMAT = (
-    "\nPlan the task inside the think tags. Then give the program in a fenced `python` block and one test input in a "
-    "fenced `input` block. The input block holds only the arguments of `f`, as they would stand between the "
-    "parentheses of the call: separated by commas, strings in quotes. The shape of a reply:\n"
-    "the plan </think>\n<answer>\n```python\ndef f(items, k):\n    ...\n    return result\n```\n"
+    "\nReply in exactly this form, with your own plan, program and input. The input block holds only the arguments of "
+    "`f`, as they would stand between the parentheses of the call: separated by commas, strings in quotes.\n"
+    "\n<think>\nI will walk the list backwards and keep a running total that depends on k.\n</think>\n<answer>\n"
+    "```python\ndef f(items, k):\n    total, seen = 0, []\n    for x in reversed(items):\n"
+    "        total = total * k + x\n        seen.append(total)\n    return seen\n```\n"
     "```input\n[3, 1, 2], 2\n```\n</answer>\n"
 )
 GOOD_TASK = "The best task is one that a good solver gets right in some attempts and wrong in others.\n"
@@ -81,37 +82,42 @@ PROPOSE = {
         "everything the program does. The message describes the task or gives a hint; it does not contain the code. "
         + GOOD_TASK
         + "\n```python\n{program}\n```\n"
-        "\nPlan inside the think tags. Then give {count} fenced `input` blocks, all different, and after them one "
-        "fenced `message` block. An input block holds only the arguments of `f`, as they would stand between the "
-        "parentheses of the call: separated by commas, strings in quotes.{example} The shape of a reply:\n"
-        "the plan </think>\n<answer>\n```input\nfirst input\n```\n```input\nsecond input\n```\n"
-        "(and so on, {count} input blocks in all)\n```message\nthe message\n```\n</answer>\n"
+        "{example}\nReply in exactly this form, with your own plan, {count} different inputs and your own message. An "
+        "input block holds only the arguments of `f`, as they would stand between the parentheses of the call: "
+        "separated by commas, strings in quotes. For the program `def f(text, n): return text[:n] * 2` the reply "
+        "could be:\n"
+        "\n<think>\nIt takes the start of a text and repeats it; I vary the text and the number.\n</think>\n<answer>\n"
+        "{blocks}```message\nWrite the beginning of the text twice; the number says how much of it.\n```\n</answer>\n"
     ),
 }
-EXAMPLE_INPUT = " One input that works:\n```input\n{input}\n```\n"
+EXAMPLE_INPUT = "One input that works for it:\n```input\n{input}\n```\n"
+INPUT = "```input\n{input}\n```\n"
+SAMPLE_INPUTS = ("'hello', 2", "'', 3", "'ab cd', 0", "'x', 5", "'Banana', 4", "'12345', 1", "'a-b', 3", "'zz', 2")
+SAMPLE_INPUTS += ("'The end', 6", "'tiny', -1")
 
 SOLVE = {
     "abduction": (
         "Find an input for which this Python program returns the output below. Any input that gives exactly this "
         "output counts.\n```python\n{program}\n```\n```output\n{output}\n```\n"
-        "Reason step by step inside the think tags. Then answer with one fenced `input` block that holds only the "
-        "arguments of `f`, as they would stand between the parentheses of the call: separated by commas, strings in "
-        "quotes. For example, for f(text, n) the answer could be:\n<answer>\n```input\n'abc', 2\n```\n</answer>\n"
+        "Reason step by step, then answer with one fenced `input` block. It holds only the arguments of `f`, as they "
+        "would stand between the parentheses of the call: separated by commas, strings in quotes. Reply in this form:\n"
+        "\n<think>\nstep by step reasoning\n</think>\n<answer>\n```input\n'abc', 2\n```\n</answer>\n"
     ),
     "deduction": (
         "Predict what this Python program returns for the input below.\n```python\n{program}\n```\n"
         "```input\n{input}\n```\n"
-        "Reason step by step inside the think tags. Then answer with one fenced `output` block that holds only the "
-        "returned value as a Python literal, strings in quotes. For example:\n<answer>\n```output\n[1, 'two']\n```\n"
-        "</answer>\n"
+        "Reason step by step, then answer with one fenced `output` block. It holds only the returned value as a Python "
+        "literal, strings in quotes. Reply in this form:\n"
+        "\n<think>\nstep by step reasoning\n</think>\n<answer>\n```output\n[1, 'two']\n```\n</answer>\n"
     ),
     "induction": (
         "Write a Python program that turns each input into its output. It is tested on further inputs that are not "
         "shown.\n{pairs}\nA message from the author of the task:\n```message\n{message}\n```\n"
         + RULES
-        + "\nReason step by step inside the think tags and check your program against every pair. Then answer with "
-        "the whole program in one fenced `python` block; its entry point must be named `f`. The shape of the answer:\n"
-        "<answer>\n```python\ndef f(x):\n    ...\n    return result\n```\n</answer>\n"
+        + "Reason step by step and check your program against every pair, then answer with the whole program in one "
+        "fenced `python` block. Reply in this form:\n"
+        "\n<think>\nstep by step reasoning\n</think>\n<answer>\n"
+        "```python\ndef f(x):\n    y = x\n    return y\n```\n</answer>\n"
     ),
 }
 PAIR = "\n```input\n{input}\n```\n```output\n{output}\n```\n"
@@ -119,9 +125,9 @@ PAIR = "\n```input\n{input}\n```\n```output\n{output}\n```\n"
 
 def fragments() -> list[str]:
     """Every fixed stretch of text in the prompts above, longest first: a tokenizer can make each a single token."""
-    templates = [PLAIN, REFERENCE, REFERENCES, EXAMPLE_INPUT, PAIR, *PROPOSE.values(), *SOLVE.values()]
+    templates = [PLAIN, REFERENCE, REFERENCES, EXAMPLE_INPUT, INPUT, PAIR, *PROPOSE.values(), *SOLVE.values()]
     pieces = {literal for text in templates for literal, *_ in string.Formatter().parse(text) if literal}
-    return sorted(pieces, key=len, reverse=True)
+    return sorted(pieces | {INPUT.format(input=sample) for sample in SAMPLE_INPUTS}, key=len, reverse=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,7 +145,9 @@ def propose_prompt(kind: str, references: Sequence[Task], n_inputs: int = 10) ->
             raise ValueError("an induction proposal needs one task whose program it describes")
         source = references[0]
         example = EXAMPLE_INPUT.format(input=source.inputs[0]) if source.inputs else ""
-        return PROPOSE[kind].format(program=source.program, count=n_inputs, example=example)
+        samples = (SAMPLE_INPUTS * (n_inputs // len(SAMPLE_INPUTS) + 1))[:n_inputs]
+        blocks = "".join(INPUT.format(input=sample) for sample in samples)
+        return PROPOSE[kind].format(program=source.program, count=n_inputs, example=example, blocks=blocks)
     shown = [
         REFERENCE.format(number=number, program=task.program, input=task.inputs[0], output=task.outputs[0])
         for number, task in enumerate(references, 1)
@@ -167,7 +175,7 @@ def wrap(task_text: str, tokenizer, template: str = "plain", prefill_think: bool
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     else:
         text = PLAIN.format(task=task_text)
-    return text + ("<think>" if prefill_think else "")
+    return text + ("<think>\n" if prefill_think else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,10 +236,15 @@ class Proposal:
 
 
 def find_program(blocks: Sequence[tuple[str, str]]) -> str:
-    """The last python (or unlabelled) block that defines `f`, so that an earlier draft does not count; "" if none."""
-    for label, content in reversed(blocks):
-        if label in ("python", "py", "python3", "") and re.search(r"^def f\b", content, re.MULTILINE):
-            return content.strip("\n")
+    """The last python (or unlabelled) block that defines `f`, so that an earlier draft does not count. Without one,
+    the last function of the last block that has functions becomes `f` (the official code renames too); "" if none."""
+    candidates = [content.strip("\n") for label, content in blocks if label in ("python", "py", "python3", "")]
+    for content in reversed(candidates):
+        if re.search(r"^def f\b", content, re.MULTILINE):
+            return content
+    for content in reversed(candidates):
+        if names := re.findall(r"^def (\w+)", content, re.MULTILINE):
+            return f"{content}\n\n\nf = {names[-1]}"
     return ""
 
 
