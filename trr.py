@@ -1,0 +1,490 @@
+"""Rewards, TRR++ advantages, the clipped policy-gradient loss and one optimizer step.
+
+Paper: "Absolute Zero: Reinforced Self-play Reasoning with Zero Data" (arXiv 2505.03335), section 3.1 (rewards, eq. 4-6)
+and section 3.3.5 (Task-Relative REINFORCE++, eq. 8; objective, eq. 9). Everything here is a function of its arguments:
+no files, no globals, no knowledge of Python tasks. It imports none of the project's modules.
+
+What it does, in the order of the file:
+    proposer_reward, solver_reward    text -> number is decided elsewhere; here only the reward table
+    whiten                            rewards -> advantages, one mean and one deviation per (task type, role) cell
+    token_logprobs                    hidden states -> log-probability and entropy, never a (tokens x vocabulary) matrix
+    objective                         the clipped loss, the engine/policy correction and the entropy bonus
+    micro_batches ... update          samples -> token-budget micro-batches -> one AdamW step
+
+What it deliberately leaves out: a KL term and a reference model (the paper has none), a critic, GAE (the reward sits on
+the last token and nothing is discounted), the optimizer (`optimizer.py`), several cards.
+
+Usage:
+    from optimizer import MasterAdamW
+
+    optimizer = MasterAdamW(policy)
+    advantages = whiten(rewards, cells, lengths)
+    samples = [Sample(prompt_ids, response_ids, float(a)) for ..., a in zip(..., advantages)]
+    result = update(policy, optimizer, samples, lr=1e-6)
+"""
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
+def proposer_reward(valid: bool, formatted: bool, solve_rate: float | None, zero_reward: float = 0.0) -> float:
+    """Learnability reward of one proposal (paper eq. 4, with the format penalty of eq. 6).
+
+    -1 if the proposal is not a valid task or the response breaks the think/answer format; `zero_reward` if the solver
+    always or never succeeds (0 in the paper, -0.5 in the official code); else 1 - solve_rate: hard but possible pays.
+    """
+    if not (valid and formatted):
+        return -1.0
+    if solve_rate is None or not 0.0 <= solve_rate <= 1.0:
+        raise ValueError(f"A valid proposal needs a solve rate between 0 and 1, got {solve_rate}.")
+    return zero_reward if solve_rate in (0.0, 1.0) else 1.0 - solve_rate
+
+
+def solver_reward(formatted: bool, correct: bool) -> float:
+    """Reward of one solution (paper eq. 5 and 6): +1 right, -0.5 wrong but well formed, -1 badly formed."""
+    if not formatted:
+        return -1.0
+    return 1.0 if correct else -0.5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TRR++ advantages
+
+
+def whiten(
+    rewards: Sequence[float] | Tensor,
+    cells: Sequence[Hashable],
+    lengths: Sequence[int] | Tensor,
+    weighting: str = "sequence",
+    eps: float = 1e-8,
+) -> Tensor:
+    """Task-Relative REINFORCE++ (paper eq. 8): A_i = (R_i - mu_cell) / sigma_cell, one cell per (task type, role).
+
+    rewards (R,), cells (R,) any hashable labels, lengths (R,) response tokens  ->  advantages (R,) float64.
+
+    With w_i = 1 (`weighting="sequence"`, the paper) or w_i = lengths_i (`"token"`, the official code: a long answer
+    counts more) and n = sum_i w_i over the cell:
+        mu = sum_i w_i R_i / n        sigma^2 = sum_i w_i (R_i - mu)^2 / (n - 1) + eps        (sample variance)
+    A cell whose rewards are all equal, or that has one row, teaches nothing: its advantages are exactly zero.
+    Raises ValueError for rewards that are not finite, empty responses, unequal sizes or an unknown weighting.
+    """
+    reward = torch.as_tensor(rewards, dtype=torch.float64)  # (R,)
+    length = torch.as_tensor(lengths, dtype=torch.float64)  # (R,)
+    if weighting not in ("sequence", "token"):
+        raise ValueError(f"Advantage weighting must be 'sequence' or 'token', got {weighting!r}.")
+    if not len(reward) == len(cells) == len(length):
+        raise ValueError(f"Got {len(reward)} rewards, {len(cells)} cells and {len(length)} lengths: make them equal.")
+    if not torch.isfinite(reward).all() or (length < 1).any():
+        raise ValueError("Every reward must be finite and every response must have at least one token.")
+    weight = length if weighting == "token" else torch.ones_like(length)
+    advantage = torch.zeros_like(reward)
+    for cell in dict.fromkeys(cells):
+        rows = torch.tensor([i for i, other in enumerate(cells) if other == cell])
+        r, w = reward[rows], weight[rows]
+        if (r == r[0]).all():
+            continue  # 0/0 in eq. 8; eps alone would amplify rounding noise
+        n = w.sum()
+        mean = (w * r).sum() / n
+        variance = (w * (r - mean) ** 2).sum() / (n - 1)
+        advantage[rows] = (r - mean) / torch.sqrt(variance + eps)
+    return advantage
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probabilities without the vocabulary matrix
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """See `token_logprobs`. Saves hidden (T, H), weight (V, H) and targets (T,); logits (chunk, V) are made twice."""
+
+    @staticmethod
+    def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+        """(C, H) -> (C, V): product in the model's dtype, softmax in fp32 (fp64 for fp64 input)."""
+        logits = F.linear(hidden, weight, bias)
+        if temperature != 1.0:
+            logits = logits / temperature
+        return torch.log_softmax(logits, -1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, chunk, entropy_grad):
+        logprob = torch.empty(
+            len(targets), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32)
+        )
+        entropy = torch.empty_like(logprob)  # (T,)
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            logp = _TokenLogprobs.log_softmax(hidden[part], weight, bias, temperature)  # (C, V)
+            logprob[part] = logp.gather(-1, targets[part, None]).squeeze(-1)
+            entropy[part] = -torch.einsum("cv,cv->c", logp.exp(), logp)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.temperature, ctx.chunk, ctx.entropy_grad = temperature, chunk, entropy_grad
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprob, grad_entropy):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        # Sums over chunks are kept in fp32: bf16 would drop the small terms of late chunks.
+        grad_weight = torch.zeros_like(weight, dtype=grad_logprob.dtype) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=grad_logprob.dtype) if need_bias else None
+        for start in range(0, len(targets), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logp = _TokenLogprobs.log_softmax(hidden[part], weight, bias, ctx.temperature)  # (C, V)
+            if ctx.entropy_grad:  # dH/dlogit = -p (log p + H), dlogprob/dlogit = onehot - p
+                p = logp.exp()
+                entropy = -torch.einsum("cv,cv->c", p, logp)
+                scale = (logp.add_(entropy[:, None])).mul_(grad_entropy[part, None]).add_(grad_logprob[part, None])
+                grad = p.mul_(scale).neg_()
+            else:
+                grad = logp.exp_().mul_(-grad_logprob[part, None])
+            grad.scatter_add_(-1, targets[part, None], grad_logprob[part, None])
+            if ctx.temperature != 1.0:
+                grad /= ctx.temperature
+            if need_bias:
+                grad_bias += grad.sum(0)
+            grad = grad.to(hidden.dtype)
+            if need_hidden:
+                torch.mm(grad, weight, out=grad_hidden[part])
+            if need_weight and grad.dtype == grad_weight.dtype:
+                grad_weight.addmm_(grad.T, hidden[part])
+            elif need_weight:
+                grad_weight += grad.T @ hidden[part]
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk: int = 512,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of each next-token distribution, in nats.
+
+    hidden (T, H) last hidden states, weight (V, H) output embedding (may be tied to the input embedding), bias (V,),
+    targets (T,) token ids  ->  logprob (T,), entropy (T,), both fp32.
+    Works on `chunk` tokens at a time and recomputes their logits in the backward pass: memory is O(chunk x V), not
+    O(T x V), for one extra head product. Gradients flow through `entropy` only with `entropy_grad=True`.
+    """
+    return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature, chunk, entropy_grad)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def objective(
+    logprob: Tensor,
+    entropy: Tensor,
+    old_logprob: Tensor,
+    engine_logprob: Tensor,
+    advantage: Tensor,
+    weight: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    entropy_coef: float = 0.0,
+    tis_cap: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss (a scalar) of n response tokens, and what to report about them; every tensor argument is (n,).
+
+    Paper eq. 9 with the engine correction and the entropy bonus:
+        loss = sum_t weight_t (-w_t min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t) - coef H_t)
+        ratio_t = pi / pi_old,  w_t = min(pi_old / pi_engine, tis_cap), a constant; w_t = 1 without `tis_cap`.
+    The engine's kernels sample from a slightly different distribution than the policy that is differentiated: w_t
+    reweights its tokens and the cap bounds the variance (truncated importance sampling, Ionides 2008).
+    A NaN in engine_logprob (unknown) counts as pi_engine = pi_old. Reports are sums over tokens, but `tis_max`.
+    """
+    ratio = torch.exp(logprob - old_logprob)
+    low, high = 1.0 - clip_low, 1.0 + clip_high
+    gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    known = ~engine_logprob.isnan()
+    gap = torch.where(known, old_logprob - engine_logprob, 0.0)
+    tis = gap.exp().clamp(max=math.inf if tis_cap is None else tis_cap)
+    if tis_cap is not None:
+        gain = gain * tis
+    loss = (weight * (-gain - entropy_coef * entropy)).sum()
+    report = {
+        "loss": loss,
+        "ratio": ratio.sum(),
+        "clip_low": ((advantage < 0) & (ratio < low)).sum(),
+        "clip_high": ((advantage > 0) & (ratio > high)).sum(),
+        "entropy": entropy.sum(),
+        "mismatch": gap.abs().sum(),
+        "tis": (tis * known).sum(),
+        "tis_max": (tis * known).max(),
+        "truncated": (gap.exp() > tis).sum(),
+    }
+    return loss, {name: value.detach().float() for name, value in report.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Micro-batches
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout to train on, as token ids (never re-tokenised text)."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]  # with the end-of-sequence id if the model wrote one
+    advantage: float  # same for every token of the response
+    engine_logprobs: list[float] | None = None  # one per response token, at the sampling temperature
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def micro_batches(lengths: Sequence[int], token_budget: int, packed: bool) -> list[list[int]]:
+    """Indices of rows grouped so that a group costs at most `token_budget` tokens, pads included; longest rows first.
+
+    Sorting puts rows of like length together, so padded groups waste little, and the largest group comes first, so that
+    a card that runs out of memory does so at once. A row longer than the budget gets a group of its own.
+    """
+    groups: list[list[int]] = []
+    cost = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        width = lengths[i] if packed or not groups else lengths[groups[-1][0]]
+        if not groups or cost + width > token_budget:
+            groups.append([])
+            cost, width = 0, lengths[i]
+        groups[-1].append(i)
+        cost += width
+    return groups
+
+
+@dataclass
+class MicroBatch:
+    """n response tokens of B rows; every tensor is on the policy's device before the first micro-batch runs."""
+
+    tokens: int  # prompt and response tokens, without pads
+    input_ids: Tensor  # (B, T), padded on the right; packed: (1, sum of lengths)
+    forward_args: dict  # packed: position_ids (1, T) and the row lengths
+    select: Tensor  # (n,) position in the flattened (B * T) whose hidden state predicts each response token
+    targets: Tensor  # (n,) response tokens
+    row: Tensor  # (n,) index of the token's sample
+    engine: Tensor  # (n,) engine log-probabilities, NaN where none were given
+    old_logprob: Tensor | None = None  # (n,) only when the batch is used for more than one optimizer step
+
+
+def collate(samples: Sequence[Sample], rows: Sequence[int], packed: bool, device: torch.device) -> MicroBatch:
+    """Tensors of the given rows. Right pads need no mask: causal attention never looks to the right."""
+    lengths = [len(samples[i]) for i in rows]
+    width = max(lengths)
+    starts = [sum(lengths[:k]) if packed else k * width for k in range(len(rows))]
+    ids = torch.zeros(sum(lengths) if packed else len(rows) * width, dtype=torch.long)
+    select, row, engine = [], [], []
+    for i, start, length in zip(rows, starts, lengths, strict=True):
+        sample = samples[i]
+        ids[start : start + length] = torch.tensor(sample.prompt_ids + sample.response_ids)
+        select.append(torch.arange(start + len(sample.prompt_ids) - 1, start + length - 1))
+        row.append(torch.full((len(sample.response_ids),), i))
+        engine.append(torch.tensor(sample.engine_logprobs or [math.nan] * len(sample.response_ids)))
+    select = torch.cat(select)
+
+    def send(tensor: Tensor) -> Tensor:  # pinned copies do not make the host wait for the card
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+    forward_args = {}
+    if packed:
+        forward_args = {"position_ids": send(torch.cat([torch.arange(n) for n in lengths])[None]), "segments": lengths}
+    return MicroBatch(
+        tokens=sum(lengths),
+        input_ids=send(ids.view(1 if packed else len(rows), -1)),
+        forward_args=forward_args,
+        select=send(select),
+        targets=send(ids[select + 1]),
+        row=send(torch.cat(row)),
+        engine=send(torch.cat(engine)),
+    )
+
+
+def segment_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **_):
+    """Causal attention inside each packed row: (1, heads, T, D) is cut at `segments` and each piece attends to itself.
+
+    Packing without a (T, T) block mask and without the flash-attn package; any fused kernel of torch can serve a piece.
+    """
+    if segments is None or attention_mask is not None:
+        raise ValueError("Segment attention serves packed rows only: pass `segments` and no mask.")
+    grouped = query.shape[1] != key.shape[1]
+    pieces = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)
+    ]
+    return torch.cat(pieces, 2).transpose(1, 2).contiguous(), None  # (1, T, heads, D)
+
+
+AttentionInterface.register("segments", segment_attention)
+
+
+def can_pack(policy: PreTrainedModel) -> bool:
+    """Whether packed rows are known to be exact: plain causal attention in every layer. Others are padded."""
+    layers = getattr(policy.config, "layer_types", None) or ["full_attention"]
+    return policy.config.model_type in ("llama", "qwen2", "qwen3") and set(layers) == {"full_attention"}
+
+
+@contextmanager
+def _training(policy: PreTrainedModel, packed: bool) -> Iterator[None]:
+    """Training mode (gradient checkpointing needs it) and the attention that fits the layout; both are put back."""
+    mode, attention = policy.training, policy.config._attn_implementation
+    policy.train()
+    if packed:
+        policy.config._attn_implementation = "segments"
+    try:
+        yield
+    finally:
+        policy.train(mode)
+        policy.config._attn_implementation = attention
+
+
+def response_logprobs(
+    policy: PreTrainedModel, batch: MicroBatch, temperature: float, chunk: int, entropy_grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy (n,) of the response tokens of a micro-batch; prompts never reach the head."""
+    output = policy.base_model(input_ids=batch.input_ids, use_cache=False, **batch.forward_args)
+    hidden = output.last_hidden_state.flatten(0, 1)[batch.select]  # (n, H)
+    head = policy.get_output_embeddings()
+    return token_logprobs(
+        hidden, head.weight, batch.targets, getattr(head, "bias", None), temperature, chunk, entropy_grad
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Update
+
+
+@dataclass
+class UpdateResult:
+    """What one call of `update` did; means are over trained response tokens, None where nothing was measured."""
+
+    loss: float  # near 0 at ratio 1 with centred advantages: the gradient is what matters
+    ratio: float  # mean pi / pi_old, exactly 1 with one optimizer step per batch
+    clip_low: float  # shares of tokens whose gradient was cut at 1 - clip_low and at 1 + clip_high
+    clip_high: float
+    entropy: float | None  # nats per token
+    row_entropy: list[float | None]  # one per sample, None for rows that were skipped
+    grad_norm: float  # before clipping; mean over optimizer steps
+    mismatch: float | None  # mean |engine logprob - policy logprob|
+    tis_mean: float | None  # truncated importance weight: mean, largest, share at the cap
+    tis_max: float | None
+    tis_truncated: float | None
+    tokens: int  # response tokens in the normaliser
+    trained_tokens: int  # prompt and response tokens that went through the policy
+    trained_rows: int
+    steps: int  # optimizer steps taken; fewer than asked if there was nothing to learn or a gradient was not finite
+
+
+def update(
+    policy: PreTrainedModel,
+    optimizer,
+    samples: Sequence[Sample],
+    *,
+    lr: float,
+    token_budget: int = 8192,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    entropy_coef: float = 0.0,
+    tis_cap: float | None = None,
+    loss_mean: str = "token",
+    temperature: float = 1.0,
+    grad_clip: float = 1.0,
+    minibatches: int = 1,
+    packed: bool | None = None,
+    chunk: int = 512,
+    progress: Callable[[int], None] | None = None,
+) -> UpdateResult:
+    """Maximise the paper's objective (eq. 9, plus `entropy_coef` x entropy) on one batch of rollouts.
+
+    `optimizer.step(lr, grad_clip)` must apply and clear the gradients and return their norm (see optimizer.py).
+    `loss_mean="token"` (default) weighs every response token of the batch alike: a per-sequence mean ("sequence", the
+    letter of eq. 9) makes each token of a long wrong answer cheap, which rewards rambling. Either way the normaliser is
+    taken over the whole batch before it is cut, so the gradient does not depend on the micro-batches.
+    Rows with zero advantage are counted there but not computed (unless the entropy bonus needs them).
+    `temperature` is the sampling temperature. `tis_cap` turns the truncated importance weight on. `packed=None` packs
+    where `can_pack`. `minibatches` = n > 1 takes n optimizer steps, each on every n-th row, with old log-probabilities
+    from a pass before the first; with one step the ratio is 1 by construction and that pass is saved.
+    `progress` receives prompt + response tokens done. A step whose gradient is not finite is dropped.
+    """
+    if loss_mean not in ("token", "sequence"):
+        raise ValueError(f"The loss mean must be 'token' or 'sequence', got {loss_mean!r}.")
+    if any(not s.prompt_ids or not s.response_ids for s in samples):
+        raise ValueError("Every sample needs at least one prompt token and one response token.")
+    if any(s.engine_logprobs is not None and len(s.engine_logprobs) != len(s.response_ids) for s in samples):
+        raise ValueError("Engine log-probabilities must be one per response token.")
+    device = policy.device
+    packed = can_pack(policy) if packed is None else packed
+    sizes = [len(s.response_ids) for s in samples]
+    weight = torch.zeros(len(samples))  # (R,) of each token of a row
+    parts: list[list[MicroBatch]] = []  # one list per optimizer step
+    trained: list[int] = []
+    for part in (range(k, len(samples), minibatches) for k in range(minibatches)):
+        for i in part:
+            weight[i] = 1 / (sum(sizes[j] for j in part) if loss_mean == "token" else len(part) * sizes[i])
+        rows = [i for i in part if samples[i].advantage != 0.0 or entropy_coef]
+        groups = micro_batches([len(samples[i]) for i in rows], token_budget, packed)
+        parts.append([collate(samples, [rows[k] for k in group], packed, device) for group in groups])
+        trained += rows
+    weight, advantage = weight.to(device), torch.tensor([s.advantage for s in samples], device=device)
+    row_entropy = torch.zeros(len(samples), device=device)
+    reports, norms = [], []
+    options = {"clip_low": clip_low, "clip_high": clip_high, "entropy_coef": entropy_coef, "tis_cap": tis_cap}
+    with _training(policy, packed):
+        if minibatches > 1:
+            with torch.no_grad():
+                for batch in (b for part in parts for b in part):
+                    batch.old_logprob, _ = response_logprobs(policy, batch, temperature, chunk)
+        for part in parts:
+            for batch in part:  # nothing in this loop waits for the card
+                logprob, entropy = response_logprobs(policy, batch, temperature, chunk, entropy_coef != 0)
+                old = logprob.detach() if batch.old_logprob is None else batch.old_logprob
+                tokens = (logprob, entropy, old, batch.engine, advantage[batch.row], weight[batch.row])
+                loss, report = objective(*tokens, **options)
+                loss.backward()
+                reports.append(report)
+                row_entropy.index_add_(0, batch.row, entropy.detach())
+                if progress is not None:
+                    progress(batch.tokens)
+            if part:
+                norms.append(optimizer.step(lr, grad_clip))
+
+    count = sum(sizes[i] for i in trained)
+    known = sum(sizes[i] for i in trained if samples[i].engine_logprobs is not None)
+    total = {name: torch.stack([r[name] for r in reports]) for name in (reports[0] if reports else ())}
+    total = {name: float(each.max() if name == "tis_max" else each.sum()) for name, each in total.items()}
+
+    def mean(name: str, over: int) -> float | None:
+        return total[name] / over if over else None
+
+    entropies = row_entropy.tolist()
+    corrected = known if tis_cap is not None else 0
+    return UpdateResult(
+        loss=total.get("loss", 0.0) / minibatches,
+        ratio=mean("ratio", count) or 1.0,
+        clip_low=mean("clip_low", count) or 0.0,
+        clip_high=mean("clip_high", count) or 0.0,
+        entropy=mean("entropy", count),
+        row_entropy=[entropies[i] / sizes[i] if i in set(trained) else None for i in range(len(samples))],
+        grad_norm=sum(norms) / len(norms) if norms else 0.0,
+        mismatch=mean("mismatch", known),
+        tis_mean=mean("tis", corrected),
+        tis_max=total["tis_max"] if corrected else None,
+        tis_truncated=mean("truncated", corrected),
+        tokens=sum(sizes),
+        trained_tokens=sum(batch.tokens for part in parts for batch in part),
+        trained_rows=len(trained),
+        steps=sum(math.isfinite(norm) for norm in norms),
+    )
