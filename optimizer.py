@@ -89,20 +89,23 @@ class MasterAdamW:
         norm = float(torch.nn.utils.get_total_norm(grads.values()))
         if math.isfinite(norm):
             self.steps += 1
-            torch._foreach_mul_(list(grads.values()), min(1.0, grad_clip / (norm + 1e-6)))
+            if norm > grad_clip:
+                torch._foreach_mul_(list(grads.values()), grad_clip / norm)
             if self.offload:
                 self._step_in_pieces(grads, lr)
             else:
-                masters = [self.master[n] for n in grads]
-                moments = [self.exp_avg[n] for n in grads], [self.exp_avg_sq[n] for n in grads]
-                self._adamw(masters, list(grads.values()), *moments, lr)
-                for n in grads:
-                    if self.master[n] is not self.params[n].data and self.params[n].dtype != torch.float32:
-                        self.params[n].copy_(self.master[n])
+                masters, exp_avgs, exp_avg_sqs = ([held[n] for n in grads] for held in self._states())
+                self._adamw(masters, list(grads.values()), exp_avgs, exp_avg_sqs, lr)
+                for name in grads:
+                    if self.params[name].dtype != torch.float32:
+                        self.params[name].copy_(self.master[name])
         self.sums.clear()
         for p in self.params.values():
             p.grad = None
         return norm
+
+    def _states(self) -> tuple[dict[str, Tensor], ...]:
+        return self.master, self.exp_avg, self.exp_avg_sq
 
     def _adamw(self, masters: list, grads: list, exp_avgs: list, exp_avg_sqs: list, lr: float) -> None:
         """One fused kernel over lists of fp32 tensors, in place."""
@@ -120,7 +123,7 @@ class MasterAdamW:
             streams = [torch.cuda.Stream() for _ in range(3)]
         for name, grad in grads.items():
             p = self.params[name].data.view(-1)
-            states = [held[name].view(-1) for held in (self.master, self.exp_avg, self.exp_avg_sq)]
+            states = [held[name].view(-1) for held in self._states()]
             for start in range(0, len(p), self.piece):
                 part = slice(start, start + self.piece)
                 with torch.cuda.stream(streams[number % 3]) if streams else nullcontext():
@@ -145,7 +148,8 @@ class MasterAdamW:
         """Continue exactly where `state_dict` was taken; the policy's bf16 weights are set from the masters."""
         own = self.state_dict()
         for key in ("master", "exp_avg", "exp_avg_sq"):
-            if own[key].keys() != state[key].keys():
+            shapes, saved = ({n: t.shape for n, t in held[key].items()} for held in (own, state))
+            if shapes != saved:
                 raise ValueError("This optimizer state belongs to another model or dtype: start without it.")
             for name, tensor in own[key].items():
                 tensor.copy_(state[key][name])

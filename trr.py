@@ -469,7 +469,7 @@ def update(
     def mean(name: str, over: int) -> float | None:
         return total[name] / over if over else None
 
-    entropies = row_entropy.tolist()
+    entropies, computed = row_entropy.tolist(), set(trained)
     corrected = known if tis_cap is not None else 0
     return UpdateResult(
         loss=total.get("loss", 0.0) / minibatches,
@@ -477,7 +477,7 @@ def update(
         clip_low=mean("clip_low", count) or 0.0,
         clip_high=mean("clip_high", count) or 0.0,
         entropy=mean("entropy", count),
-        row_entropy=[entropies[i] / sizes[i] if i in set(trained) else None for i in range(len(samples))],
+        row_entropy=[entropies[i] / sizes[i] if i in computed else None for i in range(len(samples))],
         grad_norm=sum(norms) / len(norms) if norms else 0.0,
         mismatch=mean("mismatch", known),
         tis_mean=mean("tis", corrected),
