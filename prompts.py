@@ -76,22 +76,22 @@ PROPOSE = {
         + PROPOSE_FORMAT
     ),
     "induction": (
-        "Below is a Python program `f`. Write {count} test inputs for it and one message. Another person will see the "
-        "message and some of the inputs with their outputs, but never the program, and must write a program that also "
-        "gives the right outputs for the other inputs. Choose inputs that differ from each other and together show "
-        "everything the program does. The message describes the task or gives a hint; it does not contain the code. "
+        "Write {count} test inputs for a Python program `f` and one message. Another person will see the message and "
+        "some of the inputs with their outputs, but never the program, and must write a program that also gives the "
+        "right outputs for the other inputs. Choose inputs that differ from each other and together show everything "
+        "the program does. The message describes the task or gives a hint; it does not contain the code. "
         + GOOD_TASK
-        + "\n```python\n{program}\n```\n"
-        "{example}\nReply in exactly this form, with your own plan, {count} different inputs and your own message. An "
-        "input block holds only the arguments of `f`, as they would stand between the parentheses of the call: "
-        "separated by commas, strings in quotes. For the program `def f(text, n): return text[:n] * 2` the reply "
-        "could be:\n"
-        "\n<think>\nIt takes the start of a text and repeats it; I vary the text and the number.\n</think>\n<answer>\n"
+        + "An input block holds only the arguments of `f`, as they would stand between the parentheses of the call: "
+        "separated by commas, strings in quotes.\n"
+        "\nAn example. For the program `def f(text, n): return text[:n] * 2` the reply could be:\n"
+        "\n<think>\nIt repeats the start of a text. I vary the text and the number.\n</think>\n<answer>\n"
         "{blocks}```message\nWrite the beginning of the text twice; the number says how much of it.\n```\n</answer>\n"
+        "\nNow the program for which you write {count} different inputs and a message, in the same form:\n"
+        "```python\n{program}\n```\n{example}"
     ),
 }
 EXAMPLE_INPUT = "One input that works for it:\n```input\n{input}\n```\n"
-INPUT = "```input\n{input}\n```\n"
+INPUT = "```input {number}\n{input}\n```\n"
 SAMPLE_INPUTS = ("'hello', 2", "'', 3", "'ab cd', 0", "'x', 5", "'Banana', 4", "'12345', 1", "'a-b', 3", "'zz', 2")
 SAMPLE_INPUTS += ("'The end', 6", "'tiny', -1")
 
@@ -127,7 +127,8 @@ def fragments() -> list[str]:
     """Every fixed stretch of text in the prompts above, longest first: a tokenizer can make each a single token."""
     templates = [PLAIN, REFERENCE, REFERENCES, EXAMPLE_INPUT, INPUT, PAIR, *PROPOSE.values(), *SOLVE.values()]
     pieces = {literal for text in templates for literal, *_ in string.Formatter().parse(text) if literal}
-    return sorted(pieces | {INPUT.format(input=sample) for sample in SAMPLE_INPUTS}, key=len, reverse=True)
+    pieces |= {INPUT.format(number=number, input=sample) for number, sample in enumerate(SAMPLE_INPUTS, 1)}
+    return sorted(pieces, key=len, reverse=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ def propose_prompt(kind: str, references: Sequence[Task], n_inputs: int = 10) ->
         source = references[0]
         example = EXAMPLE_INPUT.format(input=source.inputs[0]) if source.inputs else ""
         samples = (SAMPLE_INPUTS * (n_inputs // len(SAMPLE_INPUTS) + 1))[:n_inputs]
-        blocks = "".join(INPUT.format(input=sample) for sample in samples)
+        blocks = "".join(INPUT.format(number=n, input=sample) for n, sample in enumerate(samples, 1))
         return PROPOSE[kind].format(program=source.program, count=n_inputs, example=example, blocks=blocks)
     shown = [
         REFERENCE.format(number=number, program=task.program, input=task.inputs[0], output=task.outputs[0])
@@ -206,8 +207,9 @@ def split_response(response: str, prefilled: bool = True) -> Parts:
 
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
-    """All fenced blocks as (label, content), in order. A fence with a label closes a block that was left open, and a
-    closing fence may stand at the end of the last line; an unfinished last block does not count."""
+    """All fenced blocks as (label, content), in order; whatever follows the first word of the label is dropped. A
+    fence with a label closes a block that was left open, and a closing fence may stand at the end of the last line; an
+    unfinished last block does not count."""
     blocks: list[tuple[str, str]] = []
     label: str | None = None
     lines: list[str] = []
@@ -217,7 +219,7 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
             if label is not None:
                 blocks.append((label, "\n".join(lines)))
             opens = label is None or mark != "```"
-            label, lines = (mark[3:].strip().lower(), []) if opens else (None, [])
+            label, lines = (mark.strip("` ").lower().partition(" ")[0], []) if opens else (None, [])
         elif label is not None and mark.endswith("```"):
             blocks.append((label, "\n".join([*lines, line.rstrip()[:-3].rstrip()])))
             label, lines = None, []

@@ -1,0 +1,120 @@
+"""The run folder: what a run writes, and how it comes back after a stop at any moment.
+
+    RUN/config.json            every field of the configuration, versions, sandbox layers
+    RUN/metrics.jsonl          one flat record per step (step 0: before training); the same bytes in every repeat
+    RUN/timing.jsonl           seconds per phase, tokens and peak memory of each step, which no repeat reproduces
+    RUN/tasks.jsonl            every proposal with verdict, solve rate, reward and the references it was shown
+    RUN/rollouts.jsonl         sampled full texts                RUN/flagged.jsonl   texts for a person to read
+    RUN/seeds.jsonl            the seed tasks (reusable: --seeds RUN/seeds.jsonl)
+    RUN/checkpoint             -> checkpoint-000123: a Hugging Face model folder, trainer.pt (optimizer, counters,
+                                  RNG states, log sizes) and buffers/KIND.jsonl
+    RUN/buffers                -> checkpoint/buffers
+
+A checkpoint is written to a temporary name, renamed, and only then does the link `checkpoint` move: a kill or a full
+disk leaves the previous one whole. On resume the logs are cut back to the sizes the checkpoint recorded, so that the
+continued run writes the same bytes as an uninterrupted one.
+What it leaves out: checkpoints of a half-finished step. Usage: `save(run_dir, step, ...)`, `load(run_dir, ...)`.
+"""
+
+import json
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from buffers import KINDS, Buffer, load_tasks, save_tasks
+
+LOGS = ("metrics.jsonl", "timing.jsonl", "tasks.jsonl", "rollouts.jsonl", "flagged.jsonl")
+
+
+def append(path: Path, records: list[dict]) -> None:
+    """Append records to a JSONL log."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a JSONL log; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file under a temporary name, then rename it into place."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def move_link(link: Path, target: str) -> None:
+    temporary = link.with_name(link.name + ".link")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+
+
+def save(run_dir: Path, step: int, policy, tokenizer, optimizer, buffers: dict[str, Buffer], name="checkpoint") -> None:
+    """Write checkpoint number `step` and point RUN/`name` at it. Raises OSError naming the folder if the disk is full;
+    the previous checkpoint stays as it was."""
+    folder = run_dir / f"{name}-{step:06d}"
+    partial = run_dir / f"{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        policy.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "buffers").mkdir()
+        for kind, buffer in buffers.items():
+            save_tasks(partial / "buffers" / f"{kind}.jsonl", buffer)
+        log_sizes = {log: (run_dir / log).stat().st_size if (run_dir / log).exists() else 0 for log in LOGS}
+        name_, keys, *rest = np.random.get_state()
+        rng = {"python": random.getstate(), "numpy": (name_, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rng["cuda"] = torch.cuda.get_rng_state_all()
+        torch.save(
+            {"step": step, "optimizer": optimizer.state_dict(), "rng": rng, "log_sizes": log_sizes},
+            partial / "trainer.pt",
+        )
+    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"could not write the checkpoint to {folder} ({error}); free some disk space and --resume"
+        ) from error
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    move_link(run_dir / name, folder.name)
+    if not (run_dir / "buffers").is_symlink():
+        move_link(run_dir / "buffers", "checkpoint/buffers")
+    for older in run_dir.glob(f"{name}-[0-9]*"):
+        if older.name != folder.name:
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def load(run_dir: Path, policy, optimizer, capacity: int) -> tuple[int, dict[str, Buffer]]:
+    """Read the newest checkpoint into the optimizer and the RNGs, cut the logs back, return (step, buffers). The
+    policy's weights were read from RUN/checkpoint already. Raises ValueError naming the broken file and the remedy."""
+    folder = run_dir / "checkpoint"
+    try:
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{folder}/trainer.pt cannot be read ({error}); start a new run from the weights with --model {folder}"
+        ) from None
+    buffers = {}
+    for kind in KINDS:
+        buffers[kind] = Buffer(capacity)
+        for task in load_tasks(folder / "buffers" / f"{kind}.jsonl"):
+            buffers[kind].add(task)
+    rng = state["rng"]
+    random.setstate(rng["python"])
+    np.random.set_state(rng["numpy"])
+    torch.set_rng_state(rng["torch"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(rng["cuda"])
+    for log, size in state["log_sizes"].items():
+        if (run_dir / log).exists():
+            os.truncate(run_dir / log, size)
+    return state["step"], buffers

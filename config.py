@@ -1,0 +1,206 @@
+"""Every knob of a run, in one place: default, unit, the paper's value, presets, and the command line made from them.
+
+What it does: `Config` is the single source of `python azr.py --help`, of RUN/config.json and of the checks at start.
+What it leaves out: knobs nobody needs. Temperature is 1 and no top-p, top-k or penalty exists, because the policy
+gradient differentiates the distribution that was sampled. It stands apart from azr.py so that the loop there stays
+short enough to read in one go.
+Paper: Table 3 (hyper-parameters); where paper and official code differ the default is the paper's.
+
+    config = parse(["--model", "Qwen/Qwen2.5-3B-Coder", "--steps", "100"])
+"""
+
+import argparse
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+from buffers import KINDS
+
+TINY_MODEL = Path(__file__).resolve().parent / "tiny" / "model"
+
+
+def option(default, help: str, paper: str = "", choices: tuple = ()):
+    """A field of Config: its default, what it is (with the unit), the paper's value, the allowed values."""
+    return field(default=default, metadata={"help": help, "paper": paper, "choices": choices})
+
+
+@dataclass
+class Config:
+    # What to train, where
+    model: str = option("", "Hugging Face folder or hub name; empty: the embedded tiny model")
+    preset: str = option("", "named set of values for a model size (docs/presets.md)")
+    out: str = option("", "run folder; empty: runs/DATE-MODEL")
+    seed: int = option(0, "the one seed from which every random choice follows")
+    device: str = option("auto", "where the policy lives", choices=("auto", "cuda", "cpu"))
+    engine: str = option("auto", "who generates", choices=("auto", "vllm", "transformers"))
+    dtype: str = option(
+        "auto", "compute type; auto: bfloat16 on a GPU, float32 on a CPU", "bfloat16", ("auto", "bfloat16", "float32")
+    )
+    template: str = option("plain", "wrapper around the prompts: plain text, or the tokenizer's chat template", "plain",
+                           ("plain", "chat"))  # fmt: skip
+    memory: int = option(0, "GB of GPU memory to plan for; 0: the card's own")
+    # The batch
+    steps: int = option(500, "training steps", "500")
+    batch: int = option(64, "B, proposals and solve prompts per task type and step", "64")
+    rollouts: int = option(8, "G, attempts that measure the learnability of each valid proposal", "8")
+    references: int = option(6, "K, earlier tasks a proposer is shown; 0: none (ablation)", "6")
+    inputs: int = option(10, "N, inputs of an induction task; the first half is shown to the solver", "10")
+    tasks: str = option("abduction,deduction,induction", "task types, comma separated (ablation)", "all three")
+    max_prompt: int = option(6144, "longest prompt in tokens", "6144")
+    max_response: int = option(8096, "longest response in tokens", "8096")
+    # Seeding and buffers
+    seeds: str = option("", "JSONL of seed tasks from an earlier run (RUN/seeds.jsonl)")
+    seed_factor: int = option(4, "S, seeds per task type = S x B", "4")
+    seed_limit: int = option(40, "give up seeding after this many proposals per wanted seed")
+    buffer_size: int = option(16384, "tasks a buffer holds; the oldest leaves first", "16384, newest dropped")
+    admit: str = option("all", "which valid tasks enter a buffer: all, or only those solved sometimes", "all",
+                        ("all", "learnable"))  # fmt: skip
+    solve_batch: str = option("new", "solve this step's tasks first, or the previous step's (official code)", "new",
+                              ("new", "previous"))  # fmt: skip
+    # Reward and advantage
+    zero_reward: float = option(0.0, "proposer reward when nobody or everybody solves; the official code has -0.5", "0")
+    advantage_weighting: str = option("sequence", "mean and std of a cell per sequence, or per token (official code)",
+                                      "sequence", ("sequence", "token"))  # fmt: skip
+    train_proposer: bool = option(True, "train the propose role; off: ablation", "on")
+    reuse_measurement_rollouts: bool = option(False, "also train the solver on the G measuring attempts", "off")
+    control: str = option("none", "shuffle: rewards permuted within cells; fixed: solve only the seeds, no proposals",
+                          choices=("none", "shuffle", "fixed"))  # fmt: skip
+    # Update
+    lr: float = option(1e-6, "AdamW learning rate", "1e-6")
+    warmup: int = option(0, "steps of linear learning-rate warm-up", "0")
+    lr_decay: str = option("constant", "learning rate after warm-up", "constant", ("constant", "linear", "cosine"))
+    weight_decay: float = option(0.01, "AdamW weight decay", "0.01 in the official code")
+    grad_clip: float = option(1.0, "largest gradient norm", "1.0")
+    clip_low: float = option(0.2, "ratio clipped below 1 - this", "0.2")
+    clip_high: float = option(0.2, "ratio clipped above 1 + this", "0.2")
+    loss_mean: str = option("token", "loss averaged over all tokens of the batch, or per sequence first (paper eq. 9)",
+                            "sequence; token in the official code", ("token", "sequence"))  # fmt: skip
+    entropy_coef: float = option(0.001, "weight of the entropy bonus", "0.001")
+    importance_cap: float = option(2.0, "largest importance weight between engine and policy; 0: no correction", "none")
+    token_budget: int = option(0, "tokens per micro-batch; 0: from the memory plan")
+    gradient_checkpointing: bool = option(False, "recompute activations; the memory plan may switch it on")
+    # Saving, evaluation, health
+    save_every: int = option(1, "steps between checkpoints: what a kill can lose", "10")
+    keep_best: bool = option(False, "keep the checkpoint with the best held-out score as RUN/best")
+    eval_every: int = option(0, "steps between evaluations; 0: none")
+    eval_suites: str = option("", "suites for --eval-every, e.g. cruxeval-o:100,tasks:FILE")
+    eval_data: str = option("data", "folder of the benchmark files")
+    eval_max_tokens: int = option(0, "longest evaluation response in tokens; 0: max_response")
+    stop_on_collapse: bool = option(False, "stop when the collapse alarm rings")
+    log_rollouts: int = option(12, "full texts per step in rollouts.jsonl")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(kind for kind in KINDS if kind in self.tasks.split(","))
+
+    def validate(self) -> None:
+        """Raise ValueError with one sentence that names the flag to change."""
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(
+                    f"{flag(item.name)} {value!r} is unknown; choose one of {', '.join(map(repr, choices))}"
+                )
+        positive = (
+            "steps batch rollouts inputs max_prompt max_response seed_factor seed_limit buffer_size save_every lr"
+        )
+        for name in positive.split():
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{flag(name)} must be above 0, not {getattr(self, name)}")
+        for name in ("references", "memory", "warmup", "weight_decay", "grad_clip", "eval_every", "token_budget"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{flag(name)} must not be negative, but is {getattr(self, name)}")
+        unknown = [kind for kind in self.tasks.split(",") if kind not in KINDS]
+        if unknown or not self.kinds:
+            raise ValueError(f"--tasks {self.tasks!r} holds unknown types; choose from {','.join(KINDS)}")
+        if self.inputs < 2:
+            raise ValueError("--inputs must be at least 2: one pair is shown, one is hidden")
+        if self.buffer_size < self.batch * self.seed_factor:
+            raise ValueError("--buffer-size is smaller than the seeds (batch x seed-factor); raise it")
+        if self.eval_every and not self.eval_suites:
+            raise ValueError("--eval-every needs --eval-suites, for example --eval-suites cruxeval-o:100")
+
+
+# What a preset changes against the defaults above. The lengths of the paper need hours a step on a small card; the
+# presets shorten them to what models of that size write.
+SMALL = {"max_prompt": 2048, "max_response": 1024, "references": 3, "lr": 2e-6, "importance_cap": 2.0}
+PRESETS: dict[str, dict] = {
+    "tiny": {
+        "batch": 16, "references": 2, "inputs": 6, "steps": 50, "max_prompt": 448, "max_response": 128, "lr": 3e-4,
+        "warmup": 5, "weight_decay": 0.0, "entropy_coef": 0.0, "seed_factor": 4, "reuse_measurement_rollouts": True,
+        "eval_every": 10, "eval_suites": f"tasks:{TINY_MODEL.parent / 'test.jsonl'}", "template": "plain",
+    },
+    "0.5b": {**SMALL, "batch": 32, "inputs": 6, "seed_factor": 2},
+    "0.5b-instruct": {**SMALL, "batch": 32, "inputs": 6, "seed_factor": 2, "template": "chat"},
+    "1.5b": {**SMALL, "batch": 32, "max_prompt": 3072, "max_response": 1536},
+    "1.5b-instruct": {**SMALL, "batch": 32, "max_prompt": 3072, "max_response": 1536, "template": "chat"},
+    "3b": {"max_prompt": 4096, "max_response": 2048, "save_every": 10},
+    "3b-instruct": {"max_prompt": 4096, "max_response": 2048, "save_every": 10, "template": "chat"},
+    "7b": {"max_prompt": 4096, "max_response": 2048, "save_every": 10},
+    "7b-instruct": {"max_prompt": 4096, "max_response": 2048, "save_every": 10, "template": "chat"},
+    "paper": {"save_every": 10},
+}  # fmt: skip
+SMOKE = {"steps": 2, "batch": 4, "rollouts": 2, "seed_factor": 1, "eval_every": 0, "eval_suites": "", "inputs": 4}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """Command line to (Config, the few flags that are not configuration: resume, dry_run, smoke).
+
+    Order: defaults, then the preset, then what was typed. Raises ValueError with one sentence on a wrong value;
+    argparse itself exits with code 2 on an unknown flag."""
+    parser = argparse.ArgumentParser(prog="azr.py", description="Absolute Zero Reasoner: self-play on one GPU.")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder with its own configuration")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan (engine, rollouts, memory, time) and stop"
+    )
+    parser.add_argument("--smoke", action="store_true", help="two small steps on the embedded model, under a minute")
+    for item in fields(Config):
+        paper = f" [paper: {item.metadata['paper']}]" if item.metadata["paper"] else ""
+        settings = {"help": f"{item.metadata['help']}{paper} (default: {item.default!r})".replace("%", "%%")}
+        if isinstance(item.default, bool):
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings |= {"type": type(item.default), "metavar": item.name.upper()}
+        parser.add_argument(flag(item.name), default=argparse.SUPPRESS, dest=item.name, **settings)
+    arguments = vars(parser.parse_args(argv))
+    extra = argparse.Namespace(**{name: arguments.pop(name) for name in ("resume", "dry_run", "smoke")})
+    if extra.resume:
+        return resumed(Path(extra.resume), arguments), extra
+    tiny = not arguments.get("model") or Path(arguments["model"]).resolve() == TINY_MODEL
+    preset = arguments.get("preset") or ("tiny" if tiny else "")
+    if preset and preset not in PRESETS:
+        raise ValueError(f"--preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    values = PRESETS.get(preset, {}) | (SMOKE if extra.smoke else {}) | arguments | {"preset": preset}
+    config = Config(**({"model": str(TINY_MODEL)} | values))
+    config.validate()
+    return config, extra
+
+
+def resumed(run_dir: Path, typed: dict) -> Config:
+    """The configuration of an earlier run. Only --steps may change; anything else would make it another run."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{run_dir} is not a run folder: it has no config.json; give the folder of an earlier run")
+    saved = json.loads(path.read_text(encoding="utf-8"))["config"]
+    config = Config(**{item.name: saved[item.name] for item in fields(Config) if item.name in saved})
+    for name, value in typed.items():
+        if name not in ("steps", "out") and value != getattr(config, name):
+            raise ValueError(
+                f"{flag(name)} {value!r} differs from {getattr(config, name)!r} in {path}; "
+                "start a new run, or resume without the flag"
+            )
+    config.steps = typed.get("steps", config.steps)
+    config.out = str(run_dir)
+    config.validate()
+    return config
+
+
+def as_json(config: Config) -> dict:
+    return asdict(config)
+
+
+assert all(item.default is not MISSING for item in fields(Config))

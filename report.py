@@ -1,0 +1,116 @@
+"""What a step leaves behind: logs, the status line, TensorBoard, and the closing table with its curve.
+
+    RUN/metrics.jsonl          one flat record per step (step 0: before training); the same bytes in every repeat
+    RUN/timing.jsonl           seconds per phase, tokens and peak memory of each step, which no repeat reproduces
+    RUN/tasks.jsonl            every proposal with verdict, solve rate, reward and the references it was shown
+    RUN/rollouts.jsonl         sampled full texts
+    RUN/flagged.jsonl          texts that the monitor of health.py wants a person to read
+
+What it leaves out: deciding anything. The names of the metrics are explained in docs/metrics.md.
+"""
+
+import torch
+
+import checkpoint
+import health
+from run import Rollout, Run
+
+
+def log(run: Run, proposals: list[Rollout], attempts: list[Rollout], measured: dict, seconds: float) -> dict:
+    """One flat record into metrics.jsonl, every proposal into tasks.jsonl, some full texts into rollouts.jsonl, and
+    one status line on the terminal."""
+    config, step = run.config, run.step
+    rollouts = [*proposals, *attempts]
+    record = {
+        "step": step,
+        "valid_share": mean(item.task is not None for item in proposals),
+        "solve_rate": mean(item.correct for item in attempts),
+        **measured,
+        **health.cell_metrics(rollouts),
+        **health.buffer_metrics(run.buffers),
+    }
+    flagged = [(item, names) for item in rollouts if (names := health.flags(item))]
+    record["flagged"] = len(flagged)
+    record["alarms"] = health.alarms([*run.history, record])
+    run.history.append(record)
+    timing = {f"seconds/{name}": round(value, 3) for name, value in run.seconds.items()}
+    generated = sum(len(item.completion.token_ids) for item in rollouts)
+    timing |= {"seconds/step": round(seconds, 3), "generated_tokens": generated}
+    if run.policy.device.type == "cuda":
+        timing["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    checkpoint.append(run.folder / "metrics.jsonl", [record])
+    checkpoint.append(run.folder / "timing.jsonl", [{"step": step, **timing}])
+    checkpoint.append(run.folder / "tasks.jsonl", [proposal_record(item) for item in proposals])
+    sampled = run.rng(step, "log").sample(rollouts, min(config.log_rollouts, len(rollouts)))
+    checkpoint.append(run.folder / "rollouts.jsonl", [rollout_record(item) for item in sampled])
+    checkpoint.append(run.folder / "flagged.jsonl", [{"flags": names, **rollout_record(i)} for i, names in flagged])
+    write_tensorboard(run, record | timing)
+    print(status_line(run, record, seconds))
+    for alarm in record["alarms"]:
+        print(f"ALARM at step {step}: {alarm}")
+    return record
+
+
+def mean(values) -> float:
+    values = [float(value) for value in values]
+    return sum(values) / len(values) if values else 0.0
+
+
+def proposal_record(item: Rollout) -> dict:
+    task = item.task
+    return {
+        "step": item.step,
+        "kind": item.kind,
+        "verdict": item.verdict,
+        "solve_rate": item.solve_rate,
+        "reward": item.reward,
+        "admitted": item.admitted,
+        "references": [reference.id for reference in item.references],
+        **({"id": task.id, "program": task.program, "inputs": task.inputs, "outputs": task.outputs} if task else {}),
+        **({"message": task.message} if task and task.message else {}),
+        **({"answer": item.parts.answer} if not task else {}),
+    }
+
+
+def rollout_record(item: Rollout) -> dict:
+    names = ("step", "role", "kind", "verdict", "correct", "reward", "advantage", "trains", "prompt", "response")
+    return {name: getattr(item, name) for name in names} | {"formatted": item.parts.formatted}
+
+
+def status_line(run: Run, record: dict, seconds: float) -> str:
+    def rewards(role: str) -> str:
+        return " ".join(f"{record.get(f'{role}/{kind}/reward_mean', float('nan')):+.2f}" for kind in run.config.kinds)
+
+    phases = " ".join(f"{name} {value:.1f}" for name, value in run.seconds.items())
+    remaining = int((run.config.steps - run.step) * seconds)
+    return (
+        f"step {run.step}/{run.config.steps} | reward propose {rewards('propose')} solve {rewards('solve')} | "
+        f"valid {record['valid_share']:.0%} solved {record['solve_rate']:.0%} | "
+        f"entropy {record['update/entropy']:.3f} grad {record['update/grad_norm']:.2f} "
+        f"mismatch {record['update/mismatch']:.4f} | {phases} s | ETA {remaining // 60}:{remaining % 60:02d}"
+    )
+
+
+def write_tensorboard(run: Run, record: dict) -> None:
+    """Scalars for TensorBoard where it is installed; metrics.jsonl holds everything in any case."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return
+    with SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step) as writer:
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                writer.add_scalar(name, value, run.step)
+
+
+def finish(run: Run) -> None:
+    """Before and after, as a table and a curve, when there were evaluations."""
+    evaluated = [record for record in run.history if "score" in record]
+    if len(evaluated) < 2:
+        return
+    names = sorted(key for key in evaluated[0] if key.startswith("eval/") and key.endswith("/accuracy"))
+    series = {name[5:-9]: [(record["step"], record[name]) for record in evaluated if name in record] for name in names}
+    print(health.comparison_table(evaluated[0], evaluated[-1]))
+    print(health.terminal_plot(series))
+    (run.folder / "curve.svg").write_text(health.svg_plot(series, "Held-out accuracy", "accuracy"), encoding="utf-8")
+    print(f"curve: {run.folder / 'curve.svg'}")

@@ -1,0 +1,203 @@
+"""A run and its parts: the record of one sampled response, the state a step needs, and how both come to life.
+
+What it does: `Rollout` is one response from prompt to advantage; `Run` holds policy, engine, optimizer, executor and
+buffers; `describe` prints what a run will do; `start` loads it all, after --resume with every state of the last step.
+What it leaves out: the algorithm (azr.py) and what is written down (report.py). It stands apart because both need it.
+
+    config, extra = config.parse(["--model", "PATH"]); run = start(config, resume=None)
+"""
+
+import contextlib
+import json
+import platform
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import checkpoint
+import memory
+import prompts
+import rollout
+from buffers import KINDS, Buffer, Task
+from config import Config, as_json
+from executor import Executor
+from optimizer import MasterAdamW
+
+
+@dataclass
+class Rollout:
+    """One sampled response in one of the six (task, role) cells, from prompt to advantage."""
+
+    role: str  # "propose" or "solve"
+    kind: str
+    step: int
+    prompt: str
+    prompt_ids: list[int]
+    task: Task | None = None  # solve: the task tried; propose: the task it made, None while (or if) invalid
+    references: list[Task] = field(default_factory=list)  # propose: what the proposer was shown
+    count: int = 1  # how many responses to sample
+    trains: bool = True  # False: it only measures learnability
+    completion: rollout.Completion | None = None
+    response: str = ""
+    parts: prompts.Parts | None = None
+    verdict: str = ""  # "ok", an executor verdict, or why the proposal could not be parsed
+    correct: bool = False
+    solve_rate: float | None = None  # propose: r, the mean over G attempts
+    admitted: bool = False
+    reward: float = 0.0
+    advantage: float = 0.0
+    entropy: float | None = None
+
+    @property
+    def reference_programs(self) -> list[str]:
+        return [task.program for task in self.references]
+
+
+@dataclass
+class Run:
+    """Everything a step needs. `step` is the last finished one; all randomness follows from (seed, step, purpose)."""
+
+    config: Config
+    folder: Path
+    policy: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    engine: rollout.VllmEngine | rollout.TransformersEngine
+    optimizer: MasterAdamW
+    executor: Executor
+    plan: memory.Plan
+    buffers: dict[str, Buffer]
+    step: int = 0
+    seconds: Counter = field(default_factory=Counter)  # per phase of the current step
+    history: list[dict] = field(default_factory=list)  # the records of metrics.jsonl
+
+    def rng(self, step: int, purpose: str) -> random.Random:
+        return random.Random(f"{self.config.seed}/{step}/{purpose}")
+
+
+def make_rollout(run: Run, role: str, kind: str, step: int, text: str, **more) -> Rollout:
+    prompt = prompts.wrap(text, run.tokenizer, run.config.template)
+    return Rollout(role, kind, step, prompt, run.tokenizer.encode(prompt, add_special_tokens=False), **more)
+
+
+@contextlib.contextmanager
+def phase(run: Run, name: str, total: int) -> Iterator[tqdm]:
+    """A progress bar for one phase of a step; its seconds go into the step's record."""
+    began = time.perf_counter()
+    with tqdm(total=total, desc=f"step {run.step + 1} {name}", leave=False, disable=None) as bar:
+        yield bar
+    run.seconds[name] += time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C until the block is over."""
+    caught: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if caught:
+        raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start
+
+
+def describe(config: Config) -> memory.Plan:
+    """Print which engine, device and type a run uses, how many rollouts a step makes, and what memory and time to
+    expect. Returns the memory plan. Raises ValueError for a model that cannot be had or does not fit."""
+    device, dtype = place(config)
+    path = rollout.resolve_model(config.model)
+    hf_config = rollout.load_config(path)
+    plan = memory.plan(
+        hf_config,
+        device=device,
+        dtype=dtype,
+        engine=rollout.choose_engine(config.engine),
+        card_gb=config.memory,
+        max_len=config.max_prompt + config.max_response,
+        sequences=len(config.kinds) * config.batch * (config.rollouts + 2),
+        token_budget=config.token_budget,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    cells = len(config.kinds) * config.batch
+    print(
+        f"model {config.model} | engine {plan.engine} | device {device} | {dtype}\n"
+        f"a step: {cells} proposals + up to {cells * config.rollouts} measuring attempts + {cells} solving attempts = "
+        f"{cells * (config.rollouts + 2)} rollouts of at most {config.max_response} tokens"
+    )
+    print(plan.describe())
+    return plan
+
+
+def place(config: Config) -> tuple[str, str]:
+    """(device, compute type) of the policy."""
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; install a CUDA build of torch or use --device cpu")
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    return device, dtype
+
+
+def start(config: Config, resume: str | None) -> Run:
+    """Load everything, and after --resume bring every state back to the last finished step."""
+    if sys.platform == "win32":
+        raise ValueError("azr needs Linux or macOS: the executor has no way to contain programs on Windows; use WSL")
+    executor = Executor()  # first: its servers must start before this process grows or touches the GPU
+    device, dtype = place(config)
+    plan = describe(config)
+    folder = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{Path(config.model).name}")
+    has_checkpoint = resume and (folder / "checkpoint").exists()
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; choose another --out, or --resume {folder}")
+    policy, tokenizer = rollout.load_policy(
+        str(folder / "checkpoint") if has_checkpoint else config.model, device, dtype
+    )
+    if config.template == "chat" and not tokenizer.chat_template:
+        raise ValueError(f"{config.model} has no chat template; use --template plain")
+    if plan.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    optimizer = MasterAdamW(policy, weight_decay=config.weight_decay, offload=plan.offload_optimizer)
+    engine = rollout.make_engine(
+        config.engine,
+        config.model,
+        policy,
+        tokenizer,
+        dtype=dtype,
+        max_model_len=config.max_prompt + config.max_response,
+        max_num_seqs=plan.max_num_seqs,
+        kv_cache_bytes=plan.kv_cache_bytes,
+        sleep=plan.sleep,
+        token_budget=plan.generation_budget,
+        seed=config.seed,
+    )
+    run = Run(config, folder, policy, tokenizer, engine, optimizer, executor, plan, {k: Buffer(1) for k in KINDS})
+    if resume and not has_checkpoint:  # stopped before the first checkpoint: nothing in the logs counts
+        for log in checkpoint.LOGS:
+            (folder / log).unlink(missing_ok=True)
+    if has_checkpoint:
+        run.step, run.buffers = checkpoint.load(folder, policy, optimizer, config.buffer_size)
+        run.history = checkpoint.read_log(folder / "metrics.jsonl")
+        engine.sync(policy)
+        print(f"resumed {folder} after step {run.step}")
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    about = {"config": as_json(config), "versions": versions, "sandbox": executor.layers, "engine": engine.name}
+    checkpoint.write_atomically(folder / "config.json", json.dumps(about, indent=1))
+    return run

@@ -1,0 +1,552 @@
+"""Tests of the loop and of the small modules around it: prompts, buffers, configuration, run folder.
+
+Everything is real: the embedded model, real subprocesses, the real command line. The other modules have a test file
+of the same name. Run: python -m pytest -q
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import azr
+import prompts
+from buffers import KINDS, Buffer, Task, load_tasks, normalise, save_tasks, zero_task
+from config import TINY_MODEL, Config, parse
+from executor import ALLOWED_MODULES, Executor
+from run import Rollout
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = "def f(items, k):\n    total = 0\n    for x in items:\n        total = total * k + x\n    return total"
+
+
+@pytest.fixture(scope="module")
+def executor():
+    with Executor(lanes=2) as running:
+        yield running
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts and parsers
+
+
+def reply(answer: str, think: str = "I think.") -> str:
+    return f"{think}\n</think>\n<answer>\n{answer}\n</answer>"
+
+
+def fence(label: str, content: str) -> str:
+    return f"```{label}\n{content}\n```\n"
+
+
+def random_text(rng: random.Random) -> str:
+    return (
+        "".join(rng.choice("abc xyz'\"[](){}<>/=+\\\n\té\U0001f600") for _ in range(rng.randrange(1, 40))).strip()
+        or "x"
+    )
+
+
+def test_proposals_parse_back():
+    """parse_proposal undoes propose_prompt's format, whatever the program and the inputs look like."""
+    rng = random.Random(0)
+    for _ in range(300):
+        program = f"import math\n\ndef f(x):\n    y = {random_text(rng)!r}\n    return (x, y)"
+        text = repr(random_text(rng))
+        parts = prompts.split_response(reply(fence("python", program) + fence("input", text)))
+        proposal, cause = prompts.parse_proposal("abduction", parts.answer)
+        assert (proposal.program, proposal.inputs, cause) == (program, [text], "")
+        inputs = [repr((number, random_text(rng))) for number in range(6)]
+        answer = "".join(fence("input", item) for item in inputs) + fence("message", "Add them\nup.")
+        proposal, cause = prompts.parse_proposal("induction", prompts.split_response(reply(answer)).answer, 6)
+        assert (proposal.inputs, proposal.message, cause) == (inputs, "Add them\nup.", "")
+
+
+def test_answers_parse_back():
+    rng = random.Random(1)
+    for _ in range(300):
+        value = repr([random_text(rng), rng.random(), None])
+        for kind, label in (("deduction", "output"), ("abduction", "input")):
+            assert prompts.parse_answer(kind, prompts.split_response(reply(fence(label, value))).answer) == value
+        assert (
+            prompts.parse_answer("induction", prompts.split_response(reply(fence("python", PROGRAM))).answer) == PROGRAM
+        )
+
+
+def test_every_prompt_shows_its_own_format():
+    """The example reply inside each prompt is parsed by the parser of that prompt: they cannot drift apart."""
+    for kind in KINDS:
+        prompt = prompts.propose_prompt(kind, [zero_task("deduction")], 6)
+        shown = prompts.split_response(prompt[prompt.rindex("<think>") :], prefilled=False)
+        assert shown.formatted and prompts.parse_proposal(kind, shown.answer, 6)[0]
+        prompt = prompts.solve_prompt(zero_task(kind))
+        shown = prompts.split_response(prompt[prompt.rindex("<think>") :], prefilled=False)
+        assert shown.formatted and prompts.parse_answer(kind, shown.answer)
+
+
+def test_prompts_hide_what_must_be_found():
+    task = Task("deduction", PROGRAM, ["[77, 5], 3"], ["98765"])
+    assert "98765" not in prompts.solve_prompt(task)
+    task.kind = "abduction"
+    assert "[77, 5]" not in prompts.solve_prompt(task) and "98765" in prompts.solve_prompt(task)
+    task = Task("induction", PROGRAM, ["[1], 2", "[111], 2"], ["1", "111"], "hint", visible=1)
+    text = prompts.solve_prompt(task)
+    assert "111" not in text and "total" not in text and "hint" in text
+
+
+def test_prompts_promise_only_allowed_modules():
+    assert set(prompts.MODULES.split(", ")) <= set(ALLOWED_MODULES)
+
+
+@pytest.mark.parametrize(
+    "response, formatted",
+    [
+        ("a</think><answer>b</answer>", True),
+        ("a</think> \n <answer>b</answer> trailing text", True),
+        ("a</think> text between <answer>b</answer>", False),
+        ("a <answer>b</answer>", False),
+        ("a</think><answer>b", False),
+    ],
+)
+def test_response_format(response, formatted):
+    assert prompts.split_response(response).formatted is formatted
+
+
+def test_text_before_the_think_tag_fails_the_format():
+    assert not prompts.split_response("hm <think>a</think><answer>b</answer>", prefilled=False).formatted
+
+
+def test_two_answer_tags_the_last_one_is_used():
+    assert prompts.split_response("t</think><answer>1</answer><answer>2</answer>").answer == "2"
+
+
+def test_input_block_before_the_code_block_is_accepted():
+    proposal, _ = prompts.parse_proposal("deduction", fence("input", "[1], 2") + fence("python", PROGRAM))
+    assert proposal.program == PROGRAM and proposal.inputs == ["[1], 2"]
+
+
+def test_draft_code_block_then_final_one_takes_the_last_that_defines_f():
+    answer = fence("python", "def f(x):\n    draft") + fence("python", PROGRAM) + fence("python", "print(f([1], 2))")
+    assert prompts.parse_proposal("deduction", answer + fence("input", "[1], 2"))[0].program == PROGRAM
+
+
+def test_other_function_name_becomes_f(executor):
+    answer = fence("python", "def helper(x):\n    return x + 1\n\ndef main(x):\n    return helper(x)") + fence(
+        "input", "1"
+    )
+    program = prompts.parse_proposal("deduction", answer)[0].program
+    assert executor.validate([(program, ["1"])])[0][0].output == "2"
+
+
+@pytest.mark.parametrize(
+    "kind, answer, cause",
+    [
+        ("deduction", "", "no_answer"),
+        ("deduction", fence("input", "1"), "no_program"),
+        ("abduction", fence("python", PROGRAM), "no_input"),
+        ("induction", fence("input", "1") * 6 + fence("message", "m"), "too_few_inputs"),
+        ("induction", "".join(fence("input", str(n)) for n in range(6)), "no_message"),
+    ],
+)
+def test_unusable_proposals_name_their_cause(kind, answer, cause):
+    assert prompts.parse_proposal(kind, answer, 6) == (None, cause)
+
+
+def test_parsers_survive_100_000_mutated_responses():
+    rng = random.Random(2)
+    pieces = [
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+        "```",
+        "```python\n",
+        "```input\n",
+        "\n",
+        "def f(x):",
+        "'",
+        "\0",
+    ]
+    pieces += [
+        "```output\n",
+        "```message\n",
+        "1, 2",
+        "\ud800",
+        "é",
+        "f(",
+        ")",
+        "<",
+        ">",
+        " ",
+        "    return x",
+        "class A:",
+    ]
+    base = reply(fence("python", PROGRAM) + fence("input", "[1, 2], 3"))
+    for number in range(100_000):
+        cut, end = rng.randrange(len(base)), rng.randrange(len(base))
+        text = base[:cut] + "".join(rng.choices(pieces, k=rng.randrange(6))) + base[end:]
+        parts = prompts.split_response(text, prefilled=number % 2 == 0)
+        kind = KINDS[number % 3]
+        prompts.parse_proposal(kind, parts.answer, 2)
+        prompts.parse_answer(kind, parts.answer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Buffers
+
+
+def numbered(number: int, step: int = 0) -> Task:
+    return Task("deduction", f"def f(x):\n    return x + {number}", ["1"], [str(1 + number)], step=step)
+
+
+def test_buffer_at_capacity_drops_the_oldest_and_the_new_slice_is_the_new_ones():
+    buffer = Buffer(20)
+    for number in range(20):
+        assert buffer.add(numbered(number))
+    for number in range(20, 30):
+        assert buffer.add(numbered(number, step=7))
+    assert len(buffer) == 20 and next(iter(buffer)).program.endswith("+ 10")
+    assert [task.program for task in buffer.added_at(7)] == [numbered(number).program for number in range(20, 30)]
+
+
+def test_buffer_refuses_programs_equal_up_to_names_comments_and_layout():
+    buffer = Buffer()
+    assert buffer.add(Task("deduction", "def f(a):\n    b = a + 1\n    return b", ["1"], ["2"]))
+    assert not buffer.add(
+        Task("deduction", "def f(x):\n    '''Doc.'''\n    y = (x+1)  # hm\n\n    return y", ["5"], ["6"])
+    )
+    assert buffer.add(Task("deduction", "def f(a):\n    b = a + 2\n    return b", ["1"], ["3"]))
+    assert buffer.add(Task("deduction", "def f(a):\n    b = a + 1\n    return a", ["1"], ["1"]))
+
+
+def test_normalise_survives_deep_programs():
+    assert normalise("def f(x):\n    return " + "+".join(["x"] * 3000))
+
+
+def test_buffer_sampling_is_uniform_without_replacement():
+    buffer, rng, counts = Buffer(), random.Random(3), {}
+    for number in range(10):
+        buffer.add(numbered(number))
+    for _ in range(2000):
+        drawn = buffer.sample(3, rng)
+        assert len({task.program for task in drawn}) == 3
+        for task in drawn:
+            counts[task.program] = counts.get(task.program, 0) + 1
+    assert min(counts.values()) > 500 and max(counts.values()) < 700
+    assert len(buffer.sample(99, rng)) == 10
+
+
+def test_tasks_survive_a_file_and_a_truncated_one_names_its_line(tmp_path):
+    tasks = [zero_task(kind) for kind in KINDS]
+    save_tasks(tmp_path / "tasks.jsonl", tasks)
+    assert load_tasks(tmp_path / "tasks.jsonl") == tasks
+    text = (tmp_path / "tasks.jsonl").read_text()
+    (tmp_path / "tasks.jsonl").write_text(text[:-20])
+    with pytest.raises(ValueError, match=r"tasks\.jsonl, line 3"):
+        load_tasks(tmp_path / "tasks.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The judge: gold answers of all six cells are right, so that a parser's fault can never pass for a model's
+
+
+def attempt(task: Task, answer: str) -> Rollout:
+    return Rollout(
+        "solve", task.kind, 1, "", [], task=task, response=reply(answer), parts=prompts.split_response(reply(answer))
+    )
+
+
+GOLD = {
+    "deduction": (Task("deduction", PROGRAM, ["[1, 2], 3"], ["5"]), fence("output", "5"), fence("output", "6")),
+    "abduction": (Task("abduction", PROGRAM, ["[1, 2], 3"], ["5"]), fence("input", "[5], 0"), fence("input", "[6], 0")),
+    "induction": (
+        Task("induction", PROGRAM, ["[1], 2", "[1, 1], 2", "[3, 1], 2", "[], 9"], ["1", "3", "7", "0"], "m", visible=2),
+        fence("python", PROGRAM),
+        fence("python", "def f(items, k):\n    return {1: 1, 2: 3}[len(items)]"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def run(executor, tmp_path_factory):
+    """A run on the embedded model that was started but not trained."""
+    from run import start
+
+    config, _ = parse(["--batch", "4", "--out", str(tmp_path_factory.mktemp("run") / "r"), "--eval-every", "0"])
+    started = start(config, None)
+    yield started
+    started.executor.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gold_answers_are_right_and_wrong_ones_wrong(run, kind):
+    """For induction the wrong program is right on the visible pairs and wrong on one hidden pair: binary reward 0."""
+    task, right, wrong = GOLD[kind]
+    attempts = [attempt(task, right), attempt(task, wrong), attempt(task, "no fence here ```")]
+    azr.verify(run, attempts)
+    assert [item.correct for item in attempts] == [True, False, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gold_proposals_are_valid(run, kind):
+    inputs = ["[1, 2], 3", "[4], 1", "[], 2", "[0, 1], 9", "[2, 2], 2", "[7], 7"]
+    answer = fence("python", PROGRAM) + fence("input", inputs[0])
+    if kind == "induction":
+        answer = "".join(fence("input", item) for item in inputs) + fence("message", "Weigh the items.")
+    references = [Task("deduction", PROGRAM, [inputs[0]], ["5"], id="x")]
+    item = Rollout("propose", kind, 1, "", [], references=references, response=reply(answer))
+    item.parts = prompts.split_response(item.response)
+    azr.validate(run, [item])
+    assert item.verdict == "ok" and item.task.outputs[0] == "5" and item.task.references == ["x"]
+    assert len(item.task.hidden_inputs) == (3 if kind == "induction" else 0)
+
+
+@pytest.mark.parametrize(
+    "program, verdict",
+    [
+        ("def f(x):\n    return None", "returns_none"),
+        ("import os\ndef f(x):\n    return 1", "unsafe"),
+        ("seen = []\ndef f(x):\n    seen.append(1)\n    return len(seen)", "nondeterministic"),
+        ("def f(x):\n    raise StopIteration", "runtime_error"),
+        ("def f(x):\n    while True:\n        pass", "timeout"),
+    ],
+)
+def test_bad_proposals_are_rejected_with_their_reason(run, program, verdict):
+    item = Rollout("propose", "deduction", 1, "", [], response=reply(fence("python", program) + fence("input", "1")))
+    item.parts = prompts.split_response(item.response)
+    azr.validate(run, [item])
+    assert item.task is None and item.verdict == verdict
+
+
+def test_a_message_that_is_the_program_is_rejected(run):
+    answer = "".join(fence("input", f"[{n}], 1") for n in range(6)) + fence("message", PROGRAM)
+    item = Rollout("propose", "induction", 1, "", [], references=[numbered(1)], response=reply(answer))
+    item.parts = prompts.split_response(item.response)
+    item.references[0].program = PROGRAM
+    azr.validate(run, [item])
+    assert item.verdict == "message_has_code"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def test_one_prompt_too_long_is_drawn_again_and_the_batch_stays_whole(run):
+    run.buffers = {kind: Buffer(100) for kind in KINDS}
+    for kind in ("abduction", "deduction"):
+        run.buffers[kind].add(Task(kind, "def f(x):\n    return x" + " + 1" * 2000, ["1"], ["2001"]))
+        run.buffers[kind].add(numbered(3))
+    proposals = [azr.proposal_prompt(run, "deduction", random.Random(n), 1) for n in range(8)]
+    assert all(0 < len(item.prompt_ids) <= run.config.max_prompt for item in proposals)
+
+
+def test_solve_batch_holds_this_steps_tasks_first(run):
+    run.buffers = {kind: Buffer(100) for kind in KINDS}
+    for kind in KINDS:
+        for number in range(9):
+            task = numbered(number)
+            run.buffers[kind].add(Task(kind, task.program, task.inputs * 2, task.outputs * 2, "m", visible=1))
+    fresh = Task("deduction", "def f(x):\n    return x * 5", ["1"], ["5"], step=1, id="1-deduction-0")
+    proposal = Rollout("propose", "deduction", 1, "", [], task=fresh)
+    attempts = azr.solve(run, [proposal], 1)
+    trained = [item.task.id for item in attempts if item.kind == "deduction"][run.config.rollouts :]
+    assert len(trained) == run.config.batch and "1-deduction-0" in trained
+    measuring = [item for item in attempts if item.task.id == "1-deduction-0"]
+    assert len(measuring) == run.config.rollouts + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line, end to end
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SMALL = ["--batch", "3", "--rollouts", "2", "--seed-factor", "1", "--inputs", "4", "--eval-every", "0"]
+SMALL += ["--engine", "transformers", "--device", "cpu"]
+
+
+def cli(*arguments: str, cwd: Path = HERE) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(HERE / "azr.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    """Three uninterrupted steps of the embedded model."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    result = cli(*SMALL, "--steps", "3", "--out", str(folder))
+    assert result.returncode == 0, result.stderr
+    assert "step 3/3" in result.stdout and "ETA" in result.stdout
+    return folder
+
+
+def test_a_run_leaves_everything_behind_and_parameters_change(whole_run):
+    names = "config.json metrics.jsonl timing.jsonl tasks.jsonl rollouts.jsonl seeds.jsonl flagged.jsonl checkpoint"
+    assert all((whole_run / name).exists() for name in names.split())
+    assert {path.name for path in (whole_run / "buffers").iterdir()} == {f"{kind}.jsonl" for kind in KINDS}
+    records = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    before, after = load_file(TINY_MODEL / "model.safetensors"), load_file(whole_run / "checkpoint/model.safetensors")
+    assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
+    tasks = [json.loads(line) for line in (whole_run / "tasks.jsonl").read_text().splitlines()]
+    assert len(tasks) == 3 * 3 * 3 and all(task["verdict"] for task in tasks)
+    LlamaForCausalLM.from_pretrained(whole_run / "checkpoint")  # an ordinary Hugging Face folder
+    AutoTokenizer.from_pretrained(whole_run / "checkpoint")
+
+
+REPRODUCED = ["metrics.jsonl", "tasks.jsonl", "rollouts.jsonl", "checkpoint/model.safetensors"]
+REPRODUCED += [f"buffers/{kind}.jsonl" for kind in KINDS]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    for name in REPRODUCED:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    ours, theirs = (torch.load(path / "checkpoint/trainer.pt") for path in (first, second))
+    for name, moment in ours["optimizer"]["exp_avg"].items():
+        assert torch.equal(moment, theirs["optimizer"]["exp_avg"][name])
+
+
+def test_resume_is_bit_for_bit_the_uninterrupted_run(whole_run, tmp_path):
+    folder = tmp_path / "part"
+    assert cli(*SMALL, "--steps", "2", "--out", str(folder)).returncode == 0
+    result = cli("--resume", str(folder), "--steps", "3")
+    assert result.returncode == 0 and "after step 2" in result.stdout, result.stderr
+    assert_same_run(whole_run, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_kill_at_any_moment_loses_at_most_the_current_step(whole_run, tmp_path, number):
+    folder = tmp_path / "killed"
+    command = [sys.executable, str(HERE / "azr.py"), *SMALL, "--steps", "3", "--out", str(folder)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith("step 1/3"):
+            break
+    time.sleep(random.Random(number).random())
+    process.send_signal(number)
+    rest = process.stdout.read()
+    assert process.wait() in (130, -signal.SIGKILL)
+    assert number != signal.SIGINT or "--resume" in rest
+    assert cli("--resume", str(folder)).returncode == 0
+    assert_same_run(whole_run, folder)
+
+
+def test_a_run_killed_while_seeding_starts_over_from_its_folder(tmp_path):
+    folder = tmp_path / "r"
+    config, _ = parse([*SMALL, "--steps", "1", "--out", str(folder)])
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"config": config.__dict__}))
+    assert cli("--resume", str(folder)).returncode == 0
+
+
+def test_seeds_are_reusable(whole_run, tmp_path):
+    result = cli(*SMALL, "--steps", "1", "--out", str(tmp_path / "r"), "--seeds", str(whole_run / "seeds.jsonl"))
+    assert result.returncode == 0 and "seed deduction" not in result.stderr
+    before = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    after = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert before[1] == after[1]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--control", "shuffle"],
+        ["--control", "fixed"],
+        ["--no-train-proposer", "--references", "0"],
+        ["--tasks", "deduction"],
+        ["--reuse-measurement-rollouts", "--zero-reward", "-0.5", "--advantage-weighting", "token"],
+        ["--solve-batch", "previous", "--admit", "learnable", "--loss-mean", "sequence"],
+    ],
+)
+def test_ablations_and_switches_run(whole_run, tmp_path, extra):
+    result = cli(
+        *SMALL, "--steps", "1", "--out", str(tmp_path / "r"), "--seeds", str(whole_run / "seeds.jsonl"), *extra
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_shuffled_rewards_keep_each_cells_rewards():
+    rows = [Rollout("solve", kind, 1, "", [], reward=float(n)) for kind in KINDS for n in range(9)]
+    azr.shuffle_rewards(rows, random.Random(0))
+    for kind in KINDS:
+        rewards = [item.reward for item in rows if item.kind == kind]
+        assert sorted(rewards) == [float(n) for n in range(9)] and rewards != sorted(rewards)
+
+
+def test_a_model_too_weak_to_seed_says_how_many_and_why(tmp_path):
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=1024, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--preset", "tiny", *SMALL, "--seed-limit", "4"]
+    result = cli(*arguments, "--max-response", "8", "--out", str(tmp_path / "r"))
+    assert result.returncode == 2 and "too weak" in result.stderr and "no_answer" in result.stderr
+    assert len(result.stderr.strip().splitlines()[-1]) < 500 and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--batch", "-1"], "--batch must be above 0"),
+        (["--preset", "9000b"], "choose one of"),
+        (["--tasks", "deduction,divination"], "divination"),
+        (["--template", "fancy"], "--template"),
+        (["--device", "cuda"], "--device cpu"),
+        (["--resume", "/nonexistent"], "config.json"),
+        (["--eval-every", "5", "--eval-suites", ""], "--eval-suites"),
+    ],
+)
+def test_wrong_input_gets_one_sentence_and_exit_code_2(capsys, arguments, words):
+    assert azr.main(arguments) == 2
+    message = capsys.readouterr().err.strip()
+    assert words in message and "\n" not in message
+
+
+def test_a_run_of_another_model_is_refused(whole_run, capsys):
+    assert azr.main(["--resume", str(whole_run), "--model", "other/model"]) == 2
+    assert "start a new run" in capsys.readouterr().err
+
+
+def test_a_truncated_buffer_names_file_and_line(whole_run, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "r", symlinks=True)
+    path = tmp_path / "r/buffers/deduction.jsonl"
+    path.write_text(path.read_text()[:-30])
+    assert azr.main(["--resume", str(tmp_path / "r"), "--steps", "4"]) == 2
+    assert "deduction.jsonl, line" in capsys.readouterr().err
+
+
+def test_a_broken_trainer_state_says_what_to_do(whole_run, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "r", symlinks=True)
+    path = tmp_path / "r/checkpoint/trainer.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert azr.main(["--resume", str(tmp_path / "r"), "--steps", "4"]) == 2
+    assert "trainer.pt" in capsys.readouterr().err
+
+
+def test_the_paper_spelling_of_a_model_is_understood():
+    import rollout
+
+    assert rollout.resolve_model("Qwen/Qwen2.5-3B-Coder") == "Qwen/Qwen2.5-Coder-3B"
+
+
+def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path):
+    result = cli("--dry-run", "--out", str(tmp_path / "r"))
+    assert result.returncode == 0 and "rollouts" in result.stdout and not (tmp_path / "r").exists()
+
+
+def test_smoke_ends_with_one_line(tmp_path):
+    result = cli("--smoke", "--out", str(tmp_path / "r"))
+    assert result.returncode == 0 and result.stdout.strip().splitlines()[-1].startswith("smoke ok"), result.stderr
+
+
+def test_config_defaults_are_valid_and_every_field_has_help():
+    Config(model="x").validate()
+    assert all(item.metadata["help"] for item in Config.__dataclass_fields__.values())
