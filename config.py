@@ -128,7 +128,7 @@ PRESETS: dict[str, dict] = {
     "tiny": {
         "batch": 16, "references": 2, "inputs": 6, "steps": 50, "max_prompt": 448, "max_response": 128, "lr": 3e-4,
         "warmup": 5, "weight_decay": 0.0, "entropy_coef": 0.0, "seed_factor": 4, "reuse_measurement_rollouts": True,
-        "eval_every": 10, "eval_suites": f"tasks:{TINY_MODEL.parent / 'test.jsonl'}", "template": "plain",
+        "engine": "transformers", "eval_every": 10, "eval_suites": f"tasks:{TINY_MODEL.parent / 'test.jsonl'}",
     },
     "0.5b": {**SMALL, "batch": 32, "inputs": 6, "seed_factor": 2},
     "0.5b-instruct": {**SMALL, "batch": 32, "inputs": 6, "seed_factor": 2, "template": "chat"},

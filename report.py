@@ -26,7 +26,7 @@ def log(run: Run, proposals: list[Rollout], attempts: list[Rollout], measured: d
         "valid_share": mean(item.task is not None for item in proposals),
         "solve_rate": mean(item.correct for item in attempts),
         **measured,
-        **health.cell_metrics(rollouts),
+        **health.cell_metrics(rollouts, config.rollouts),
         **health.buffer_metrics(run.buffers),
     }
     flagged = [(item, names) for item in rollouts if (names := health.flags(item))]

@@ -9,6 +9,7 @@ What it leaves out: the algorithm (azr.py) and what is written down (report.py).
 
 import contextlib
 import json
+import os
 import platform
 import random
 import signal
@@ -32,6 +33,8 @@ from buffers import KINDS, Buffer, Task
 from config import Config, as_json
 from executor import Executor
 from optimizer import MasterAdamW
+
+GENERATION_BUDGET = 65536  # tokens of a batch of the transformers engine, prompts and responses together
 
 
 @dataclass
@@ -119,27 +122,63 @@ def describe(config: Config) -> memory.Plan:
     """Print which engine, device and type a run uses, how many rollouts a step makes, and what memory and time to
     expect. Returns the memory plan. Raises ValueError for a model that cannot be had or does not fit."""
     device, dtype = place(config)
-    path = rollout.resolve_model(config.model)
-    hf_config = rollout.load_config(path)
+    engine, hf_config = choose_engine(config.engine), load_config(config.model)
+    card = (config.memory * memory.GB or torch.cuda.mem_get_info()[1]) if device == "cuda" else None
+    free_host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cells = len(config.kinds) * config.batch
+    overrides = {"token_budget": config.token_budget or None}
     plan = memory.plan(
         hf_config,
-        device=device,
-        dtype=dtype,
-        engine=rollout.choose_engine(config.engine),
-        card_gb=config.memory,
+        card_bytes=card,
+        free_host_bytes=free_host,
         max_len=config.max_prompt + config.max_response,
-        sequences=len(config.kinds) * config.batch * (config.rollouts + 2),
-        token_budget=config.token_budget,
-        gradient_checkpointing=config.gradient_checkpointing,
+        sequences=cells * (config.rollouts + 1),
+        engine=engine,
+        width=4 if dtype == "float32" else 2,
+        overrides=overrides | ({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
     )
-    cells = len(config.kinds) * config.batch
     print(
-        f"model {config.model} | engine {plan.engine} | device {device} | {dtype}\n"
+        f"model {config.model} | engine {engine} | device {device} | {dtype}\n"
         f"a step: {cells} proposals + up to {cells * config.rollouts} measuring attempts + {cells} solving attempts = "
         f"{cells * (config.rollouts + 2)} rollouts of at most {config.max_response} tokens"
     )
     print(plan.describe())
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    known = next((key for key in memory.DEVICES if key in name), None)
+    if known:
+        length = config.max_response // 4  # what models write on average is known only later; a quarter is a guess
+        seconds = memory.estimate_seconds(
+            hf_config,
+            plan,
+            known,
+            prompts=3 * cells,
+            sequences=cells * (config.rollouts + 2),
+            trained=2 * cells,
+            prompt_tokens=config.max_prompt // 4,
+            response_tokens=length,
+        )
+        print(f"rough estimate at {length} tokens a response: {seconds['step']:.0f} s a step on {known}")
     return plan
+
+
+def choose_engine(kind: str) -> str:
+    """What --engine auto means here: vLLM where its build fits the machine, else transformers."""
+    if kind != "auto" or rollout.vllm_build() is None:
+        return "transformers" if kind == "auto" else kind
+    try:
+        rollout.import_vllm()
+    except RuntimeError as error:
+        print(f"using the transformers engine: {error}")
+        return "transformers"
+    return "vllm"
+
+
+def load_config(model: str) -> transformers.PretrainedConfig:
+    try:
+        return transformers.AutoConfig.from_pretrained(rollout.resolve_model(model))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"no model {model!r} ({reason}); give a Hugging Face folder or a hub name") from None
 
 
 def place(config: Config) -> tuple[str, str]:
@@ -170,19 +209,22 @@ def start(config: Config, resume: str | None) -> Run:
     if plan.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     optimizer = MasterAdamW(policy, weight_decay=config.weight_decay, offload=plan.offload_optimizer)
-    engine = rollout.make_engine(
-        config.engine,
-        config.model,
-        policy,
-        tokenizer,
-        dtype=dtype,
-        max_model_len=config.max_prompt + config.max_response,
-        max_num_seqs=plan.max_num_seqs,
-        kv_cache_bytes=plan.kv_cache_bytes,
-        sleep=plan.sleep,
-        token_budget=plan.generation_budget,
-        seed=config.seed,
-    )
+    try:
+        engine = rollout.make_engine(
+            plan.engine,
+            config.model,
+            policy,
+            tokenizer,
+            dtype=dtype,
+            max_model_len=config.max_prompt + config.max_response,
+            max_num_seqs=plan.max_num_seqs,
+            kv_cache_bytes=plan.kv_cache_bytes,
+            sleep=plan.sleep,
+            token_budget=GENERATION_BUDGET,
+            seed=config.seed,
+        )
+    except RuntimeError as error:  # vLLM was asked for and cannot be had
+        raise ValueError(f"{error}; choose another --engine") from error
     run = Run(config, folder, policy, tokenizer, engine, optimizer, executor, plan, {k: Buffer(1) for k in KINDS})
     if resume and not has_checkpoint:  # stopped before the first checkpoint: nothing in the logs counts
         for log in checkpoint.LOGS:
