@@ -25,10 +25,9 @@ from buffers import KINDS, Task
 PREAMBLE = (
     "A user poses a task and an assistant solves it. The assistant first reasons step by step and then answers. "
     "The reasoning stands between <think> and </think>, the final answer between <answer> and </answer>, "
-    "and the reply has exactly these two parts:\n<think>\nreasoning\n</think>\n<answer>\nfinal answer\n</answer>\n"
+    "and the reply has exactly these two parts:\n<think>\nreasoning\n</think>\n<answer>\nfinal answer\n</answer>"
 )
-PLAIN = PREAMBLE + "User: {task}\nAssistant: "
-CHAT = PREAMBLE + "\n{task}"
+USER, ASSISTANT = "\nUser: ", "\nAssistant: "  # the plain-text dialogue; a chat template has its own marks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces that several prompts share. A reference and a pair show exactly the fences that an answer must have.
@@ -75,25 +74,26 @@ PROPOSE = {
         + "{references}"
         + PROPOSE_FORMAT
     ),
-    "induction": (
-        "Write {count} test inputs for a Python program `f` and one message. Another person will see the message and "
-        "some of the inputs with their outputs, but never the program, and must write a program that also gives the "
-        "right outputs for the other inputs. Choose inputs that differ from each other and together show everything "
-        "the program does. The message describes the task or gives a hint; it does not contain the code. "
-        + GOOD_TASK
-        + "An input block holds only the arguments of `f`, as they would stand between the parentheses of the call: "
-        "separated by commas, strings in quotes.\n"
-        "\nAn example. For the program `def f(text, n): return text[:n] * 2` the reply could be:\n"
-        "\n<think>\nIt repeats the start of a text. I vary the text and the number.\n</think>\n<answer>\n"
-        "{blocks}```message\nWrite the beginning of the text twice; the number says how much of it.\n```\n</answer>\n"
-        "\nNow the program for which you write {count} different inputs and a message, in the same form:\n"
-        "```python\n{program}\n```\n{example}"
-    ),
 }
-EXAMPLE_INPUT = "One input that works for it:\n```input\n{input}\n```\n"
+# Induction shows a demonstration as an earlier turn of the dialogue: with so many fences in an answer, small models
+# keep the form far more often after having "written" it once than after having read about it.
+INDUCTION = (
+    "Write {count} test inputs for a Python program `f` and one message. Another person will see the message and some "
+    "of the inputs with their outputs, but never the program, and must write a program that also gives the right "
+    "outputs for the other inputs. Choose inputs that differ from each other and together show everything the program "
+    "does. The message describes the task or gives a hint; it does not contain the code. "
+    + GOOD_TASK
+    + "An input block holds only the arguments of `f`, as they would stand between the parentheses of the call: "
+    "separated by commas, strings in quotes.\n```python\ndef f(text, n):\n    return text[:n] * 2\n```\n"
+    "The call f('hello', 2) works.\n",
+    "<think>\nIt repeats the start of a text. I vary the text and the number.\n</think>\n<answer>\n{blocks}"
+    "```message\nWrite the beginning of the text twice; the number says how much of it.\n```\n</answer>",
+    "The next program, in the same form: {count} different inputs that fit its arguments, then a message about it.\n"
+    "```python\n{program}\n```\nThe call f({input}) works.\n",
+)
 INPUT = "```input {number}\n{input}\n```\n"
-SAMPLE_INPUTS = ("'hello', 2", "'', 3", "'ab cd', 0", "'x', 5", "'Banana', 4", "'12345', 1", "'a-b', 3", "'zz', 2")
-SAMPLE_INPUTS += ("'The end', 6", "'tiny', -1")
+SAMPLE_INPUTS = ("'hello', 2", "'', 3", "'ab cd', 4", "'x', 5", "'Banana', 3", "'12345', 1", "'a-b', 3", "'zz', 2")
+SAMPLE_INPUTS += ("'The end', 6", "'tiny', 7")
 
 SOLVE = {
     "abduction": (
@@ -125,7 +125,8 @@ PAIR = "\n```input\n{input}\n```\n```output\n{output}\n```\n"
 
 def fragments() -> list[str]:
     """Every fixed stretch of text in the prompts above, longest first: a tokenizer can make each a single token."""
-    templates = [PLAIN, REFERENCE, REFERENCES, EXAMPLE_INPUT, INPUT, PAIR, *PROPOSE.values(), *SOLVE.values()]
+    templates = [PREAMBLE, USER, ASSISTANT, REFERENCE, REFERENCES, INPUT, PAIR]
+    templates += [*PROPOSE.values(), *INDUCTION, *SOLVE.values()]
     pieces = {literal for text in templates for literal, *_ in string.Formatter().parse(text) if literal}
     pieces |= {INPUT.format(number=number, input=sample) for number, sample in enumerate(SAMPLE_INPUTS, 1)}
     return sorted(pieces, key=len, reverse=True)
@@ -135,8 +136,9 @@ def fragments() -> list[str]:
 # Tasks to prompts.
 
 
-def propose_prompt(kind: str, references: Sequence[Task], n_inputs: int = 10) -> str:
-    """The task text of the proposer (paper section 3.2, "Proposing Tasks").
+def propose_prompt(kind: str, references: Sequence[Task], n_inputs: int = 10) -> list[str]:
+    """The turns of the proposer's dialogue (paper section 3.2, "Proposing Tasks"): user, and for induction a
+    demonstration by the assistant and the user again.
 
     `references`: up to K earlier tasks to differ from; for induction exactly one task, whose program is to be
     described. `n_inputs`: N of the paper. Raises ValueError for an induction prompt without a program.
@@ -144,16 +146,15 @@ def propose_prompt(kind: str, references: Sequence[Task], n_inputs: int = 10) ->
     if kind == "induction":
         if not references:
             raise ValueError("an induction proposal needs one task whose program it describes")
-        source = references[0]
-        example = EXAMPLE_INPUT.format(input=source.inputs[0]) if source.inputs else ""
         samples = (SAMPLE_INPUTS * (n_inputs // len(SAMPLE_INPUTS) + 1))[:n_inputs]
         blocks = "".join(INPUT.format(number=n, input=sample) for n, sample in enumerate(samples, 1))
-        return PROPOSE[kind].format(program=source.program, count=n_inputs, example=example, blocks=blocks)
+        program, call = references[0].program, references[0].inputs[0]
+        return [turn.format(count=n_inputs, blocks=blocks, program=program, input=call) for turn in INDUCTION]
     shown = [
         REFERENCE.format(number=number, program=task.program, input=task.inputs[0], output=task.outputs[0])
         for number, task in enumerate(references, 1)
     ]
-    return PROPOSE[kind].format(references=REFERENCES + "".join(shown) if shown else "")
+    return [PROPOSE[kind].format(references=REFERENCES + "".join(shown) if shown else "")]
 
 
 def solve_prompt(task: Task) -> str:
@@ -168,14 +169,21 @@ def solve_prompt(task: Task) -> str:
     return SOLVE["deduction"].format(program=task.program, input=task.inputs[0])
 
 
-def wrap(task_text: str, tokenizer, template: str = "plain", prefill_think: bool = True) -> str:
-    """Put the think/answer wrapper around a task text. `template`: "plain" (the paper) or "chat" (the tokenizer's own
-    chat template, for instruct models). With `prefill_think` the prompt ends with the opening think tag."""
+def wrap(turns: str | Sequence[str], tokenizer, template: str = "plain", prefill_think: bool = True) -> str:
+    """The text the model continues: the preamble about think and answer tags, then the dialogue (user first, turn by
+    turn). `template`: "plain" (the paper) or "chat" (the tokenizer's own chat template, for instruct models). With
+    `prefill_think` the prompt ends with the opening think tag."""
+    turns = [turns] if isinstance(turns, str) else list(turns)
     if template == "chat":
-        messages = [{"role": "user", "content": CHAT.format(task=task_text)}]
+        roles = ("user", "assistant")
+        turns[0] = PREAMBLE + "\n\n" + turns[0]
+        messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     else:
-        text = PLAIN.format(task=task_text)
+        text = PREAMBLE
+        for number, turn in enumerate(turns):
+            text += (ASSISTANT if number % 2 else USER) + turn
+        text += ASSISTANT
     return text + ("<think>\n" if prefill_think else "")
 
 

@@ -84,7 +84,7 @@ def test_answers_parse_back():
 def test_every_prompt_shows_its_own_format():
     """The example reply inside each prompt is parsed by the parser of that prompt: they cannot drift apart."""
     for kind in KINDS:
-        prompt = prompts.propose_prompt(kind, [zero_task("deduction")], 6)
+        prompt = "".join(prompts.propose_prompt(kind, [zero_task("deduction")], 6))
         shown = prompts.split_response(prompt[prompt.rindex("<think>") :], prefilled=False)
         assert shown.formatted and prompts.parse_proposal(kind, shown.answer, 6)[0]
         prompt = prompts.solve_prompt(zero_task(kind))
