@@ -130,10 +130,10 @@ def comparison_table(before: Mapping, after: Mapping) -> str:
     """
     groups: dict[str, list[tuple[str, float, float, float]]] = {}
     for key in before:
-        if key not in after or not (isinstance(before[key], Sequence) or key.endswith("/accuracy")):
+        if key not in after or not (key in KINDS or key.endswith("/accuracy")):
             continue
         old, new = before[key], after[key]
-        if isinstance(old, Sequence):
+        if key in KINDS:
             if len(old) != len(new) or not len(old):
                 raise ValueError(f"{key}: {len(old)} tasks before and {len(new)} after; evaluate the same tasks")
             changes = [y - x for x, y in zip(old, new, strict=True)]
