@@ -332,7 +332,8 @@ def test_comparison_table_of_paired_scores():
 
 def test_comparison_table_of_two_records():
     before = {"step": 0, "alarms": [], "eval/test/accuracy": 0.3, "eval/test/deduction/accuracy": 0.2,
-              "eval/test/deduction/n": 100, "eval/test/abduction/accuracy": 0.4, "eval/cruxeval-o/accuracy": 0.5}  # fmt: skip
+              "eval/test/deduction/n": 100, "eval/test/abduction/accuracy": 0.4,
+              "eval/cruxeval-o/accuracy": 0.5}  # fmt: skip
     after = before | {"step": 50, "eval/test/accuracy": 0.5, "eval/test/deduction/accuracy": 0.6, "alarms": []}
     rows = [line.split() for line in comparison_table(before, after).splitlines()[1:]]
     assert rows == [
