@@ -63,7 +63,7 @@ PROPOSE = {
         + GOOD_TASK
         + RULES
         + "{references}"
-        + PROPOSE_FORMAT
+        + PROPOSE_FORMAT,
     ),
     "deduction": (
         "Invent a new task about a Python program. Another person will see the program and an input, and must predict "
@@ -72,63 +72,79 @@ PROPOSE = {
         + GOOD_TASK
         + RULES
         + "{references}"
-        + PROPOSE_FORMAT
+        + PROPOSE_FORMAT,
+    ),
+    # Turns of a dialogue: the rules with a demonstration program, the demonstration, the real program. It shows two
+    # inputs more than are asked for, because small models stop early.
+    "induction": (
+        "Write at least {count} test inputs for a Python program `f` and one message. Another person will see the "
+        "message and some of the inputs with their outputs, but never the program, and must write a program that also "
+        "gives the right outputs for the other inputs. Choose inputs that differ from each other and together show "
+        "everything the program does. The message describes the task or gives a hint; it does not contain the code. "
+        + GOOD_TASK
+        + "An input block holds only the arguments of `f`, as they would stand between the parentheses of the call: "
+        "separated by commas, strings in quotes.\n```python\ndef f(text, n):\n    return text[:n] * 2\n```\n"
+        "The call f('hello', 2) works.\n",
+        "<think>\nIt repeats the start of a text. I vary the text and the number.\n</think>\n<answer>\n{blocks}"
+        "```message\nWrite the beginning of the text twice; the number says how much of it.\n```\n</answer>",
+        "The next program, in the same form: at least {count} different inputs that fit its arguments, then a message "
+        "about it.\n```python\n{program}\n```\nThe call f({input}) works.\n",
     ),
 }
-# Induction shows a demonstration as an earlier turn of the dialogue: with so many fences in an answer, small models
-# keep the form far more often after having "written" it once than after having read about it.
-INDUCTION = (
-    "Write {count} test inputs for a Python program `f` and one message. Another person will see the message and some "
-    "of the inputs with their outputs, but never the program, and must write a program that also gives the right "
-    "outputs for the other inputs. Choose inputs that differ from each other and together show everything the program "
-    "does. The message describes the task or gives a hint; it does not contain the code. "
-    + GOOD_TASK
-    + "An input block holds only the arguments of `f`, as they would stand between the parentheses of the call: "
-    "separated by commas, strings in quotes.\n```python\ndef f(text, n):\n    return text[:n] * 2\n```\n"
-    "The call f('hello', 2) works.\n",
-    "<think>\nIt repeats the start of a text. I vary the text and the number.\n</think>\n<answer>\n{blocks}"
-    "```message\nWrite the beginning of the text twice; the number says how much of it.\n```\n</answer>",
-    "The next program, in the same form: {count} different inputs that fit its arguments, then a message about it.\n"
-    "```python\n{program}\n```\nThe call f({input}) works.\n",
-)
 INPUT = "```input {number}\n{input}\n```\n"
 SAMPLE_INPUTS = ("'hello', 2", "'', 3", "'ab cd', 4", "'x', 5", "'Banana', 3", "'12345', 1", "'a-b', 3", "'zz', 2")
-SAMPLE_INPUTS += ("'The end', 6", "'tiny', 7")
+SAMPLE_INPUTS += ("'The end', 6", "'tiny', 7", "'One two', 4", "'no', 1")
 
+# The solver sees a worked demonstration as an earlier turn. It is the same for every task of a type, so the engine
+# caches it once.
+DEMONSTRATION = (
+    "def f(items, k):\n    total, seen = 0, []\n    for x in reversed(items):\n        total = total * k + x\n"
+    "        seen.append(total)\n    return seen"
+)
 SOLVE = {
     "abduction": (
-        "Find an input for which this Python program returns the output below. Any input that gives exactly this "
-        "output counts.\n```python\n{program}\n```\n```output\n{output}\n```\n"
-        "Reason step by step, then answer with one fenced `input` block. It holds only the arguments of `f`, as they "
-        "would stand between the parentheses of the call: separated by commas, strings in quotes. Reply in this form:\n"
-        "\n<think>\nstep by step reasoning\n</think>\n<answer>\n```input\n'abc', 2\n```\n</answer>\n"
+        "Find an input for which a Python program returns the given output. Any input that gives exactly this output "
+        "counts. Reason step by step, then answer with one fenced `input` block. It holds only the arguments of `f`, "
+        "as they would stand between the parentheses of the call: separated by commas, strings in quotes.\n"
+        "```python\n" + DEMONSTRATION + "\n```\n```output\n[2, 5, 13]\n```\n",
+        "<think>\nI take k = 2 and undo the steps. The first total is 2, so the last item is 2. 5 = 2 * 2 + x gives "
+        "x = 1. 13 = 5 * 2 + x gives x = 3. The items are read from the back, so they are [3, 1, 2].\n</think>\n"
+        "<answer>\n```input\n[3, 1, 2], 2\n```\n</answer>",
+        "The next program, in the same form:\n```python\n{program}\n```\n```output\n{output}\n```\n",
     ),
     "deduction": (
-        "Predict what this Python program returns for the input below.\n```python\n{program}\n```\n"
-        "```input\n{input}\n```\n"
-        "Reason step by step, then answer with one fenced `output` block. It holds only the returned value as a Python "
-        "literal, strings in quotes. Reply in this form:\n"
-        "\n<think>\nstep by step reasoning\n</think>\n<answer>\n```output\n[1, 'two']\n```\n</answer>\n"
+        "Predict what a Python program returns for the given input. Reason step by step, then answer with one fenced "
+        "`output` block. It holds only the returned value as a Python literal, strings in quotes.\n"
+        "```python\n" + DEMONSTRATION + "\n```\n```input\n[3, 1, 2], 2\n```\n",
+        "<think>\nThe items in reverse are 2, 1, 3 and k is 2. total = 0 * 2 + 2 = 2. total = 2 * 2 + 1 = 5. "
+        "total = 5 * 2 + 3 = 13. seen holds all of them.\n</think>\n"
+        "<answer>\n```output\n[2, 5, 13]\n```\n</answer>",
+        "The next program, in the same form:\n```python\n{program}\n```\n```input\n{input}\n```\n",
     ),
     "induction": (
         "Write a Python program that turns each input into its output. It is tested on further inputs that are not "
-        "shown.\n{pairs}\nA message from the author of the task:\n```message\n{message}\n```\n"
+        "shown.\n"
         + RULES
-        + "Reason step by step and check your program against every pair, then answer with the whole program in one "
-        "fenced `python` block. Reply in this form:\n"
-        "\n<think>\nstep by step reasoning\n</think>\n<answer>\n"
-        "```python\ndef f(x):\n    y = x\n    return y\n```\n</answer>\n"
+        + "Reason step by step and check your program against every pair, then answer with the whole "
+        "program in one fenced `python` block.\n{demonstration}"
+        "```message\nWrite the beginning of the text twice; the number says how much of it.\n```\n",
+        "<think>\nFor 'hello' and 2 the output is 'he' twice. For 'x' and 5 there is only 'x', twice. So the first n "
+        "characters are taken and doubled.\n</think>\n<answer>\n```python\ndef f(text, n):\n"
+        "    return text[:n] * 2\n```\n</answer>",
+        "The next pairs and message, in the same form:\n{pairs}```message\n{message}\n```\n",
     ),
 }
-PAIR = "\n```input\n{input}\n```\n```output\n{output}\n```\n"
+PAIR = "```input\n{input}\n```\n```output\n{output}\n```\n"
+PAIRS = PAIR.format(input="'hello', 2", output="'hehe'") + PAIR.format(input="'x', 5", output="'xx'")
 
 
 def fragments() -> list[str]:
     """Every fixed stretch of text in the prompts above, longest first: a tokenizer can make each a single token."""
     templates = [PREAMBLE, USER, ASSISTANT, REFERENCE, REFERENCES, INPUT, PAIR]
-    templates += [*PROPOSE.values(), *INDUCTION, *SOLVE.values()]
+    templates += [turn for turns in (*PROPOSE.values(), *SOLVE.values()) for turn in turns]
     pieces = {literal for text in templates for literal, *_ in string.Formatter().parse(text) if literal}
     pieces |= {INPUT.format(number=number, input=sample) for number, sample in enumerate(SAMPLE_INPUTS, 1)}
+    pieces |= {PAIRS}
     return sorted(pieces, key=len, reverse=True)
 
 
@@ -146,27 +162,29 @@ def propose_prompt(kind: str, references: Sequence[Task], n_inputs: int = 10) ->
     if kind == "induction":
         if not references:
             raise ValueError("an induction proposal needs one task whose program it describes")
-        samples = (SAMPLE_INPUTS * (n_inputs // len(SAMPLE_INPUTS) + 1))[:n_inputs]
+        samples = SAMPLE_INPUTS[: n_inputs + 2]
         blocks = "".join(INPUT.format(number=n, input=sample) for n, sample in enumerate(samples, 1))
         program, call = references[0].program, references[0].inputs[0]
-        return [turn.format(count=n_inputs, blocks=blocks, program=program, input=call) for turn in INDUCTION]
-    shown = [
-        REFERENCE.format(number=number, program=task.program, input=task.inputs[0], output=task.outputs[0])
-        for number, task in enumerate(references, 1)
-    ]
-    return [PROPOSE[kind].format(references=REFERENCES + "".join(shown) if shown else "")]
+        fields = {"count": n_inputs, "blocks": blocks, "program": program, "input": call}
+    else:
+        shown = [
+            REFERENCE.format(number=number, program=task.program, input=task.inputs[0], output=task.outputs[0])
+            for number, task in enumerate(references, 1)
+        ]
+        fields = {"references": REFERENCES + "".join(shown) if shown else ""}
+    return [turn.format(**fields) for turn in PROPOSE[kind]]
 
 
-def solve_prompt(task: Task) -> str:
-    """The task text of the solver: it never shows the output (deduction), the input (abduction) or the program and
-    the hidden pairs (induction)."""
+def solve_prompt(task: Task) -> list[str]:
+    """The turns of the solver's dialogue: it never shows the output (deduction), the input (abduction) or the program
+    and the hidden pairs (induction)."""
     if task.kind == "induction":
         visible = zip(task.inputs[: task.visible], task.outputs[: task.visible], strict=True)
         pairs = "".join(PAIR.format(input=i, output=o) for i, o in visible)
-        return SOLVE["induction"].format(pairs=pairs, message=task.message)
-    if task.kind == "abduction":
-        return SOLVE["abduction"].format(program=task.program, output=task.outputs[0])
-    return SOLVE["deduction"].format(program=task.program, input=task.inputs[0])
+        fields = {"demonstration": PAIRS, "pairs": pairs, "message": task.message}
+    else:
+        fields = {"program": task.program, "input": task.inputs[0], "output": task.outputs[0]}
+    return [turn.format(**fields) for turn in SOLVE[task.kind]]
 
 
 def wrap(turns: str | Sequence[str], tokenizer, template: str = "plain", prefill_think: bool = True) -> str:
