@@ -19,7 +19,7 @@ FILL = 0.95  # share of the memory a plan may use; the rest is for fragmentation
 CONTEXT = 1.2 * GiB  # CUDA context, kernels, allocator slack of this process
 ENGINE = 1.5 * GiB  # CUDA graphs and workspace of the awake engine, beside weights, KV cache and logits
 ASLEEP = 1.0 * GiB  # what a sleeping engine keeps (graphs, buffers)
-HOST_BASE = 0.6 * GB  # Python, torch and transformers themselves, when everything lives in host memory
+HOST_BASE = 0.8 * GB  # Python, torch and transformers themselves, when everything lives in host memory
 CHUNK = 512  # tokens whose logits exist at the same time in trr.token_logprobs
 ENOUGH_TOKENS = 16384  # larger micro-batches are no faster: the matrix products are saturated; 1/8 is tried as well
 CPU_TOKENS = 4096  # a CPU is saturated long before, and small micro-batches stay nearer to its caches
@@ -102,7 +102,8 @@ class Plan:
 
     @property
     def train_peak(self) -> int:
-        """Compare with total - free of the card (the process's RSS on a CPU): it holds more than torch's allocator."""
+        """Compare with total - free of the card (the process's RSS on a CPU, there within about 15 %): it holds
+        more than torch's allocator."""
         return sum(train for train, _ in self.parts.values())
 
     @property
@@ -190,7 +191,8 @@ def search(
             "optimizer (master and moments)": (0, 0) if offload else (states, states),
             "gradients": (gradient_bytes * count, 0),
             "activations": (saved, 0),
-            "logits chunk and backward": (max(head, backward + width * table), 0),
+            # the C library keeps the freed pieces of the last chunk, torch's allocator on a card uses them again
+            "logits chunk and backward": (max(head, backward + width * table) * (2 if cpu else 1), 0),
             "engine weights": (weights * beside, weights * copy),
             "KV cache": (kv * beside, kv),
             "engine workspace": (awake if beside else asleep, awake + sampling),
