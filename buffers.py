@@ -73,10 +73,13 @@ def has_docstring(node: ast.AST) -> bool:
 def normalise(program: str) -> str:
     """A digest that is equal for programs that differ only in layout, comments, docstrings and the names they bind.
 
-    The tree is walked breadth first without recursion, so that a deeply nested program cannot exhaust the stack.
-    Raises SyntaxError (or ValueError) if the text is not Python.
+    The tree is walked breadth first without recursion, so that a deeply nested program cannot exhaust the stack; one
+    that the parser itself finds too deep is its own normal form. Raises SyntaxError if the text is not Python.
     """
-    tree = ast.parse(program)
+    try:
+        tree = ast.parse(program)
+    except (RecursionError, MemoryError):
+        return hash_texts([program])
     bound: dict[str, str] = {}
     for node in ast.walk(tree):
         if has_docstring(node):

@@ -13,6 +13,7 @@ import torch
 
 import checkpoint
 import health
+import plots
 from run import Rollout, Run
 
 
@@ -110,7 +111,7 @@ def finish(run: Run) -> None:
         return
     names = sorted(key for key in evaluated[0] if key.startswith("eval/") and key.endswith("/accuracy"))
     series = {name[5:-9]: [(record["step"], record[name]) for record in evaluated if name in record] for name in names}
-    print(health.comparison_table(evaluated[0], evaluated[-1]))
-    print(health.terminal_plot(series))
-    (run.folder / "curve.svg").write_text(health.svg_plot(series, "Held-out accuracy", "accuracy"), encoding="utf-8")
+    print(plots.comparison_table(evaluated[0], evaluated[-1]))
+    print(plots.terminal_plot(series))
+    (run.folder / "curve.svg").write_text(plots.svg_plot(series, "Held-out accuracy", "accuracy"), encoding="utf-8")
     print(f"curve: {run.folder / 'curve.svg'}")

@@ -34,8 +34,6 @@ from config import Config, as_json
 from executor import Executor
 from optimizer import MasterAdamW
 
-GENERATION_BUDGET = 65536  # tokens of a batch of the transformers engine, prompts and responses together
-
 
 @dataclass
 class Rollout:
@@ -124,13 +122,12 @@ def describe(config: Config) -> memory.Plan:
     device, dtype = place(config)
     engine, hf_config = choose_engine(config.engine), load_config(config.model)
     card = (config.memory * memory.GB or torch.cuda.mem_get_info()[1]) if device == "cuda" else None
-    free_host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cells = len(config.kinds) * config.batch
     overrides = {"token_budget": config.token_budget or None}
     plan = memory.plan(
         hf_config,
         card_bytes=card,
-        free_host_bytes=free_host,
+        free_host_bytes=free_host_bytes(),
         max_len=config.max_prompt + config.max_response,
         sequences=cells * (config.rollouts + 1),
         engine=engine,
@@ -159,6 +156,14 @@ def describe(config: Config) -> memory.Plan:
         )
         print(f"rough estimate at {length} tokens a response: {seconds['step']:.0f} s a step on {known}")
     return plan
+
+
+def free_host_bytes() -> int:
+    """Host memory that a new process could get, page cache included; half of all memory where unknown."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        return next(int(x.split()[1]) for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable")) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def choose_engine(kind: str) -> str:
@@ -220,7 +225,7 @@ def start(config: Config, resume: str | None) -> Run:
             max_num_seqs=plan.max_num_seqs,
             kv_cache_bytes=plan.kv_cache_bytes,
             sleep=plan.sleep,
-            token_budget=GENERATION_BUDGET,
+            token_budget=plan.generation_budget,
             seed=config.seed,
         )
     except RuntimeError as error:  # vLLM was asked for and cannot be had
