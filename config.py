@@ -11,7 +11,7 @@ Paper: Table 3 (hyper-parameters); where paper and official code differ the defa
 
 import argparse
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from buffers import KINDS
@@ -199,8 +199,17 @@ def resumed(run_dir: Path, typed: dict) -> Config:
     return config
 
 
-def as_json(config: Config) -> dict:
-    return asdict(config)
+def presets_table() -> str:
+    """docs/presets.md: what each preset changes, beside the default and the paper's value."""
+    names = [name for name in PRESETS if name != "tiny"] + ["tiny"]
+    lines = [f"| option | default | paper | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
+    for item in fields(Config):
+        if any(item.name in PRESETS[name] for name in names):
+            values = [str(PRESETS[name].get(item.name, "")).replace(str(TINY_MODEL.parent), "tiny") for name in names]
+            paper = item.metadata["paper"] or "-"
+            lines.append(f"| `{flag(item.name)}` | {item.default} | {paper} | {' | '.join(values)} |")
+    return "\n".join(lines)
 
 
-assert all(item.default is not MISSING for item in fields(Config))
+if __name__ == "__main__":
+    print(presets_table())

@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import memory
 import prompts
 import rollout
 from buffers import KINDS, Buffer, Task
-from config import Config, as_json
+from config import Config
 from executor import Executor
 from optimizer import MasterAdamW
 
@@ -179,10 +179,11 @@ def choose_engine(kind: str) -> str:
 
 
 def load_config(model: str) -> transformers.PretrainedConfig:
+    path = rollout.resolve_model(model)
     try:
-        return transformers.AutoConfig.from_pretrained(rollout.resolve_model(model))
+        return transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(f"no model {model!r} ({reason}); give a Hugging Face folder or a hub name") from None
 
 
@@ -245,6 +246,6 @@ def start(config: Config, resume: str | None) -> Run:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    about = {"config": as_json(config), "versions": versions, "sandbox": executor.layers, "engine": engine.name}
+    about = {"config": asdict(config), "versions": versions, "sandbox": executor.layers, "engine": engine.name}
     checkpoint.write_atomically(folder / "config.json", json.dumps(about, indent=1))
     return run

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import azr
 import prompts
 from buffers import KINDS, Buffer, Task, load_tasks, normalise, save_tasks, zero_task
-from config import TINY_MODEL, Config, parse
+from config import TINY_MODEL, Config, parse, presets_table
 from executor import ALLOWED_MODULES, Executor
 from run import Rollout
 
@@ -552,3 +552,7 @@ def test_smoke_ends_with_one_line(tmp_path):
 def test_config_defaults_are_valid_and_every_field_has_help():
     Config(model="x").validate()
     assert all(item.metadata["help"] for item in Config.__dataclass_fields__.values())
+
+
+def test_the_presets_page_is_current():
+    assert presets_table() in (HERE / "docs/presets.md").read_text()
