@@ -40,9 +40,11 @@ class MasterAdamW:
     own masters. bf16 gradients are added into fp32 as soon as backward has made them (a hook), so sums over
     micro-batches are exact and the bf16 gradients of the whole model never exist together.
 
-    On the card: 16 bytes per parameter (master, two moments, gradient) beside the policy. `offload=True` keeps master
-    and moments in pinned host memory (4 bytes per parameter stay on the card): a step moves them through the card in
-    pieces of `piece` elements on alternating streams, so uploads, arithmetic and downloads overlap.
+    On the card that takes 16 bytes per parameter (master, two moments, gradient sum) beside a bf16 policy.
+    `offload=True` is for cards where this does not fit: master and moments live in pinned host memory, gradients are
+    summed in bf16, so 2 bytes per parameter stay (measured over 69 micro-batches: the sum is off by 1 %, bf16
+    arithmetic alone by 2 %). A step moves the states through the card in pieces of `piece` elements on alternating
+    streams, so that uploads, arithmetic and downloads overlap.
     Weight decay applies to all parameters, as in the official code.
     """
 
@@ -69,7 +71,7 @@ class MasterAdamW:
         self.exp_avg = {name: state(p) for name, p in self.params.items()}
         self.exp_avg_sq = {name: state(p) for name, p in self.params.items()}
         for name, p in self.params.items():
-            if not own[name]:
+            if not own[name] and not offload:
                 p.register_post_accumulate_grad_hook(self._add)
 
     def _add(self, p: torch.nn.Parameter) -> None:
@@ -86,19 +88,11 @@ class MasterAdamW:
         If the norm is not finite nothing is changed except that the gradients are cleared.
         """
         grads = {n: g for n, p in self.params.items() if (g := self.sums.get(p, p.grad)) is not None}
-        norm = float(torch.nn.utils.get_total_norm(grads.values()))
+        norm = float(torch.stack(torch._foreach_norm(list(grads.values()), dtype=torch.float32)).norm())
         if math.isfinite(norm):
             self.steps += 1
-            if norm > grad_clip:
-                torch._foreach_mul_(list(grads.values()), grad_clip / norm)
-            if self.offload:
-                self._step_in_pieces(grads, lr)
-            else:
-                masters, exp_avgs, exp_avg_sqs = ([held[n] for n in grads] for held in self._states())
-                self._adamw(masters, list(grads.values()), exp_avgs, exp_avg_sqs, lr)
-                for name in grads:
-                    if self.params[name].dtype != torch.float32:
-                        self.params[name].copy_(self.master[name])
+            scale = min(1.0, grad_clip / (norm + 1e-6))
+            (self._step_in_pieces if self.offload else self._step_at_once)(grads, scale, lr)
         self.sums.clear()
         for p in self.params.values():
             p.grad = None
@@ -114,28 +108,35 @@ class MasterAdamW:
         beta1, beta2 = self.betas
         adamw(masters, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, beta1=beta1, beta2=beta2, **options)
 
-    def _step_in_pieces(self, grads: dict[str, Tensor], lr: float) -> None:
-        streams = []
+    def _step_at_once(self, grads: dict[str, Tensor], scale: float, lr: float) -> None:
+        masters, exp_avgs, exp_avg_sqs = ([held[name] for name in grads] for held in self._states())
+        torch._foreach_mul_(list(grads.values()), scale)
+        self._adamw(masters, list(grads.values()), exp_avgs, exp_avg_sqs, lr)
+        for name in grads:
+            if self.params[name].dtype != torch.float32:
+                self.params[name].copy_(self.master[name])
+
+    def _step_in_pieces(self, grads: dict[str, Tensor], scale: float, lr: float) -> None:
+        cuda = next(iter(grads.values())).is_cuda
+        streams = [torch.cuda.Stream() for _ in range(3)] if cuda else []
+        if cuda:
+            torch.cuda.synchronize()  # the gradients are complete
         number = 0
-        device = next(iter(self.params.values())).device
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            streams = [torch.cuda.Stream() for _ in range(3)]
         for name, grad in grads.items():
-            p = self.params[name].data.view(-1)
+            p, grad = self.params[name].data.view(-1), grad.view(-1)
             states = [held[name].view(-1) for held in self._states()]
             for start in range(0, len(p), self.piece):
                 part = slice(start, start + self.piece)
-                with torch.cuda.stream(streams[number % 3]) if streams else nullcontext():
+                with torch.cuda.stream(streams[number % 3]) if cuda else nullcontext():
                     there = [held[part] for held in states]
-                    here = [held.to(device, non_blocking=True) for held in there]
-                    self._adamw(*([x] for x in (here[0], grad.view(-1)[part], here[1], here[2])), lr)
-                    p[part].copy_(here[0])
+                    master, exp_avg, exp_avg_sq = here = [held.to(p.device, non_blocking=True) for held in there]
+                    self._adamw([master], [grad[part].float() * scale], [exp_avg], [exp_avg_sq], lr)
+                    p[part].copy_(master)
                     for host, card in zip(there, here, strict=True):
                         if host is not card:
                             host.copy_(card, non_blocking=True)
                 number += 1
-        if streams:
+        if cuda:
             torch.cuda.synchronize()
 
     def state_dict(self) -> dict:

@@ -356,7 +356,7 @@ def response_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy (n,) of the response tokens of a micro-batch; prompts never reach the head."""
     output = policy.base_model(input_ids=batch.input_ids, use_cache=False, **batch.forward_args)
-    hidden = output.last_hidden_state.flatten(0, 1)[batch.select]  # (n, H)
+    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, batch.select)  # (n, H)
     head = policy.get_output_embeddings()
     return token_logprobs(
         hidden, head.weight, batch.targets, getattr(head, "bias", None), temperature, chunk, entropy_grad
@@ -425,6 +425,9 @@ def update(
         raise ValueError("Every sample needs at least one prompt token and one response token.")
     if any(s.engine_logprobs is not None and len(s.engine_logprobs) != len(s.response_ids) for s in samples):
         raise ValueError("Engine log-probabilities must be one per response token.")
+    rescaling = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # gemma2, cohere, granite
+    if any(getattr(policy.config, name, None) not in (None, 1.0) for name in rescaling):
+        raise ValueError("This model rescales its logits, which `token_logprobs` does not: train another model.")
     device = policy.device
     packed = can_pack(policy) if packed is None else packed
     sizes = [len(s.response_ids) for s in samples]
@@ -432,8 +435,9 @@ def update(
     parts: list[list[MicroBatch]] = []  # one list per optimizer step
     trained: list[int] = []
     for part in (range(k, len(samples), minibatches) for k in range(minibatches)):
+        size = sum(sizes[i] for i in part)
         for i in part:
-            weight[i] = 1 / (sum(sizes[j] for j in part) if loss_mean == "token" else len(part) * sizes[i])
+            weight[i] = 1 / (size if loss_mean == "token" else len(part) * sizes[i])
         rows = [i for i in part if samples[i].advantage != 0.0 or entropy_coef]
         groups = micro_batches([len(samples[i]) for i in rows], token_budget, packed)
         parts.append([collate(samples, [rows[k] for k in group], packed, device) for group in groups])
