@@ -217,18 +217,18 @@ def sample(
     """Draw ids (B,) from fp32 logits (B, V) by inverting the distribution function at `uniform` (B,) in [0, 1).
 
     Returns ids and their log-probabilities. Rows of temperature (B,) 0 take the most likely id. Ids from `vocab_size`
-    on, which the model has but the tokenizer lacks, are never drawn. The cumulative sum is fp64: over 150,000 fp32
+    on, which the model has but the tokenizer lacks, have probability 0. The cumulative sum is fp64: over 150,000 fp32
     probabilities it would lose the rare tokens.
     """
     greedy = temperature == 0
-    logprobs = (logits / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)
+    logprobs = (logits[:, :vocab_size] / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)
     if top_p < 1:
         ranked, order = logprobs.exp().sort(-1, descending=True)
         beyond = ranked.cumsum(-1) - ranked >= top_p  # the id that crosses top_p is kept
         logprobs = logprobs.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf).log_softmax(-1)
-    cumulative = logprobs[:, :vocab_size].exp().cumsum(-1, dtype=torch.float64)
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
-    tokens = torch.where(greedy, logprobs[:, :vocab_size].argmax(-1), drawn.clamp(max=vocab_size - 1))
+    tokens = torch.where(greedy, logprobs.argmax(-1), drawn.clamp(max=logprobs.shape[1] - 1))
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(1)
 
 
@@ -311,7 +311,7 @@ def check_sync(
         ids = torch.tensor([prompt + answer.token_ids], device=policy.device)
         with _compute_in(engine.dtype, policy):
             logits = policy(input_ids=ids, logits_to_keep=len(answer.token_ids) + 1).logits[0, :-1].float()
-        chosen = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(1)
+        chosen = logits[:, : engine.vocab_size].log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(1)
         distances.append((chosen - torch.tensor(answer.logprobs, device=policy.device)).abs())
     policy.train(was_training)
     mean = torch.cat(distances).mean().item()

