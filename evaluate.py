@@ -280,8 +280,9 @@ def open_engine(args, items: int):
     import torch
 
     import rollout
+    from vllm_engine import vllm_build
 
-    vllm = args.engine == "vllm" or (args.engine == "auto" and rollout.vllm_build() is not None)
+    vllm = args.engine == "vllm" or (args.engine == "auto" and vllm_build() is not None)
     on_gpu = torch.cuda.is_available()
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if on_gpu else "float32"
     policy, tokenizer = rollout.load_policy(args.model, "cuda" if on_gpu and not vllm else "cpu", dtype)
@@ -352,13 +353,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 template=args.template, samples=args.samples, temperature=args.temperature, top_p=args.top_p,
                 max_tokens=args.max_tokens, seed=args.seed, model=args.model, progress=True,
             )  # fmt: skip
+        before = json.loads(args.baseline.read_text()) if args.baseline else None
         args.out.mkdir(parents=True, exist_ok=True)
         target = args.out / "results.json"
         kept = json.loads(target.read_text()) if target.is_file() else {}
         target.write_text(json.dumps(kept | records, indent=1) + "\n")
         print("\n".join(summary(records)))
-        if args.baseline:
-            print("\n".join(compare(json.loads(args.baseline.read_text()), records)))
+        if before:
+            print("\n".join(compare(before, records)))
         print(f"results: {target}")
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
