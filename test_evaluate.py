@@ -176,9 +176,9 @@ def test_endless_loop_fails_alone(sandbox, monkeypatch):
 
 
 def test_slow_but_honest_solution_has_the_limit_per_sixth(sandbox, monkeypatch):
-    monkeypatch.setattr(scoring_code, "MIN_LIMIT_S", 1.0)
+    monkeypatch.setattr(scoring_code, "MIN_LIMIT_S", 0.5)
     row = TASK | {"base_input": [[[i]] for i in range(6)], "plus_input": []}
-    wait = "    end = time.process_time() + 0.4\n    while time.process_time() < end: pass\n"
+    wait = "    end = time.process_time() + 0.2\n    while time.process_time() < end: pass\n"
     slow = f"import time\ndef total(xs):\n{wait}    return sum(xs)\n"
     assert score(slow, row=row, sandbox=sandbox) == [1.0]
 
@@ -266,11 +266,16 @@ def test_cruxeval_verdicts(side, kind):
 
 @needs_bench
 def test_cruxeval_golds_pass():
+    """All outputs; all inputs but 14: eleven are expressions where an answer must be a literal (a lambda, a call, a
+    global name), one is empty, one needs a codec that the sandbox lacks, one program has a name that the gate refuses."""
+    rows = rows_of("cruxeval")
+    failed = {}
     for kind, field in (("deduction", "output"), ("abduction", "input")):
-        rows = rows_of("cruxeval")
         pairs = [(suites.cruxeval_item(kind, row, 0).gold, row[field]) for row in rows]
-        failed = [row["id"] for row, v in zip(rows, scoring.score_reasoning(pairs), strict=True) if not v]
-        assert failed == []
+        scores = scoring.score_reasoning(pairs)
+        failed[kind] = {int(row["id"].split("_")[1]) for row, score in zip(rows, scores, strict=True) if not score}
+    assert len(rows) == 800 and failed["deduction"] == set()
+    assert failed["abduction"] <= {152, 239, 258, 344, 364, 378, 522, 694, 720, 760, 770, 135, 621, 683}
 
 
 def test_rename_to_f():
