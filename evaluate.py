@@ -66,7 +66,7 @@ def generate(engine, tokenizer, items, prompts, suite, path, header, *, prefix, 
     if path is not None and not done:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-    samples, stop, size = header["samples"], list(suite.stop), 256 if engine.device == "cuda" else 32
+    samples, stop, size = header["samples"], list(suite.stop), 256 if engine.device == "cuda" else 64
     for start in range(0, len(items), size):
         chunk = [i for i in range(start, min(start + size, len(items))) if len(done.get(items[i].id, ())) < samples]
         rows = {items[i].id: [] for i in chunk}
@@ -291,7 +291,7 @@ def open_engine(args, items: int):
     length = min(args.max_model_len, getattr(policy.config, "max_position_embeddings", args.max_model_len))
     engine = rollout.make_engine(
         args.engine, args.model, policy, tokenizer, dtype=dtype, max_model_len=length,
-        max_num_seqs=256 if on_gpu else 16, kv_cache_bytes=max(cache, 1 << 28), seed=args.seed,
+        max_num_seqs=256 if on_gpu else 64, kv_cache_bytes=max(cache, 1 << 28), seed=args.seed,
     )  # fmt: skip
     print(f"engine {engine.name} on {engine.device}, {engine.dtype}, at most {length} tokens per prompt and response")
     return engine, tokenizer

@@ -267,7 +267,8 @@ def test_cruxeval_verdicts(side, kind):
 @needs_bench
 def test_cruxeval_golds_pass():
     """All outputs; all inputs but 14: eleven are expressions where an answer must be a literal (a lambda, a call, a
-    global name), one is empty, one needs a codec that the sandbox lacks, one program has a name that the gate refuses."""
+    global name), one is empty, one needs a codec that the sandbox lacks, one program has a name that the gate
+    refuses."""
     rows = rows_of("cruxeval")
     failed = {}
     for kind, field in (("deduction", "output"), ("abduction", "input")):
@@ -468,7 +469,7 @@ def test_interrupted_run_continues_at_the_first_missing_item(model, tmp_path):
     lines = text.splitlines(keepends=True)
     assert len(lines) == 1 + 2 * 70
     path.parent.mkdir(parents=True)
-    path.write_text("".join(lines[: 1 + 2 * 32]) + lines[70][:20])  # one slice, and a line that a kill cut short
+    path.write_text("".join(lines[: 1 + 2 * 64]) + lines[130][:20])  # one slice, and a line that a kill cut short
     assert run(out_dir=tmp_path / "cut") == whole
     assert path.read_text() == text
     with pytest.raises(ValueError, match="seed 5 instead of 6"):
