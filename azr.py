@@ -288,7 +288,8 @@ def learn(run: Run, rollouts: list[Rollout], step: int) -> dict:
     with phase(run, "sync", 1) as bar:
         run.engine.sync(run.policy)
         bar.update(1)
-    return {f"update/{name}": value for name, value in asdict(result).items() if name != "row_entropy"}
+    kept = {name: value for name, value in asdict(result).items() if name != "row_entropy" and value is not None}
+    return {f"update/{name}": value for name, value in kept.items()}
 
 
 def admit(run: Run, proposals: list[Rollout]) -> None:

@@ -14,6 +14,7 @@ import torch
 import checkpoint
 import health
 import plots
+from buffers import KINDS
 from run import Rollout, Run
 
 
@@ -84,11 +85,19 @@ def status_line(run: Run, record: dict, seconds: float) -> str:
 
     phases = " ".join(f"{name} {value:.1f}" for name, value in run.seconds.items())
     remaining = int((run.config.steps - run.step) * seconds)
+    policy = " ".join(
+        f"{label} {record[f'update/{name}']:{form}}"
+        for label, name, form in (
+            ("entropy", "entropy", ".3f"),
+            ("grad", "grad_norm", ".2f"),
+            ("mismatch", "mismatch", ".4f"),
+        )
+        if f"update/{name}" in record  # absent where nothing was trained, or where the engine is the policy itself
+    )
     return (
         f"step {run.step}/{run.config.steps} | reward propose {rewards('propose')} solve {rewards('solve')} | "
-        f"valid {record['valid_share']:.0%} solved {record['solve_rate']:.0%} | "
-        f"entropy {record['update/entropy']:.3f} grad {record['update/grad_norm']:.2f} "
-        f"mismatch {record['update/mismatch']:.4f} | {phases} s | ETA {remaining // 60}:{remaining % 60:02d}"
+        f"valid {record['valid_share']:.0%} solved {record['solve_rate']:.0%} | {policy} | "
+        f"{phases} s | ETA {remaining // 60}:{remaining % 60:02d}"
     )
 
 
@@ -105,13 +114,18 @@ def write_tensorboard(run: Run, record: dict) -> None:
 
 
 def finish(run: Run) -> None:
-    """Before and after, as a table and a curve, when there were evaluations."""
+    """Before and after per task type, greedy and at T = 1, and the curve, when there were evaluations."""
     evaluated = [record for record in run.history if "score" in record]
     if len(evaluated) < 2:
         return
-    names = sorted(key for key in evaluated[0] if key.startswith("eval/") and key.endswith("/accuracy"))
-    series = {name[5:-9]: [(record["step"], record[name]) for record in evaluated if name in record] for name in names}
-    print(plots.comparison_table(evaluated[0], evaluated[-1]))
+    kinds = [key for key in evaluated[0] if key.endswith("/accuracy") and key.split("/")[-2] in KINDS]
+    kept = [key for key in evaluated[0] if key.removesuffix("/n") + "/accuracy" in kinds] + kinds
+    before, after = ({key: record[key] for key in kept} for record in (evaluated[0], evaluated[-1]))
+    if kinds:
+        print(plots.comparison_table(before, after))
+    names = [key for key in kinds or evaluated[0] if key.startswith("eval/") and key.endswith("/accuracy")]
+    series = {name[5:-9]: [(record["step"], record[name]) for record in evaluated] for name in names}
+    series["mean"] = [(record["step"], record["score"]) for record in evaluated]
     print(plots.terminal_plot(series))
     (run.folder / "curve.svg").write_text(plots.svg_plot(series, "Held-out accuracy", "accuracy"), encoding="utf-8")
     print(f"curve: {run.folder / 'curve.svg'}")

@@ -200,6 +200,7 @@ def start(config: Config, resume: str | None) -> Run:
     """Load everything, and after --resume bring every state back to the last finished step."""
     if sys.platform == "win32":
         raise ValueError("azr needs Linux or macOS: the executor has no way to contain programs on Windows; use WSL")
+    transformers.utils.logging.disable_progress_bar()
     executor = Executor()  # first: its servers must start before this process grows or touches the GPU
     device, dtype = place(config)
     plan = describe(config)
