@@ -192,6 +192,10 @@ def test_temperature_and_top_p_reshape_the_distribution():
     assert torch.allclose(logprobs, torch.tensor([0.625, 0.375]).log()[tokens])
     assert torch.allclose(shares(1.0, 1.0, vocab_size=2)[0], torch.tensor([0.625, 0.375, 0, 0]), atol=2e-4)
     assert shares(0.0, 1.0)[1].unique().tolist() == [0]
+    impossible_first = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
+    for uniform, expected in ((0.0, 1), (1 - 2**-53, 2)):  # the ends of [0, 1): an id of probability 0 is never drawn
+        uniform = torch.tensor([uniform], dtype=torch.float64)
+        assert sample(impossible_first, uniform, torch.ones(1), 1.0, 4)[0].tolist() == [expected]
 
 
 def test_ids_without_text_are_never_sampled(tmp_path):
