@@ -1,4 +1,4 @@
-"""Tests of trr.py and optimizer.py against naive float64 numpy versions and on small real models."""
+"""Tests of trr.py, logprobs.py and optimizer.py against naive float64 numpy versions and on small real models."""
 
 import copy
 import math
@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from logprobs import token_logprobs
 from optimizer import MasterAdamW, learning_rate
 from trr import (
     Sample,
@@ -18,7 +19,6 @@ from trr import (
     proposer_reward,
     response_logprobs,
     solver_reward,
-    token_logprobs,
     update,
     whiten,
 )

@@ -2,12 +2,11 @@
 
 Paper: "Absolute Zero: Reinforced Self-play Reasoning with Zero Data" (arXiv 2505.03335), section 3.1 (rewards, eq. 4-6)
 and section 3.3.5 (Task-Relative REINFORCE++, eq. 8; objective, eq. 9). Everything here is a function of its arguments:
-no files, no globals, no knowledge of Python tasks. It imports none of the project's modules.
+no files, no globals, no knowledge of Python tasks. Of the project it needs only `logprobs.py`.
 
 What it does, in the order of the file:
     proposer_reward, solver_reward    text -> number is decided elsewhere; here only the reward table
     whiten                            rewards -> advantages, one mean and one deviation per (task type, role) cell
-    token_logprobs                    hidden states -> log-probability and entropy, never a (tokens x vocabulary) matrix
     objective                         the clipped loss, the engine/policy correction and the entropy bonus
     micro_batches ... update          samples -> token-budget micro-batches -> one AdamW step
 
@@ -32,6 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
+
+from logprobs import token_logprobs
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rewards
@@ -98,90 +99,6 @@ def whiten(
         variance = (w * (r - mean) ** 2).sum() / (n - 1)
         advantage[rows] = (r - mean) / torch.sqrt(variance + eps)
     return advantage
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Log-probabilities without the vocabulary matrix
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """See `token_logprobs`. Saves hidden (T, H), weight (V, H) and targets (T,); logits (chunk, V) are made twice."""
-
-    @staticmethod
-    def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-        """(C, H) -> (C, V): product in the model's dtype, softmax in fp32 (fp64 for fp64 input)."""
-        logits = F.linear(hidden, weight, bias)
-        if temperature != 1.0:
-            logits = logits / temperature
-        return torch.log_softmax(logits, -1, dtype=torch.promote_types(hidden.dtype, torch.float32))
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, chunk, entropy_grad):
-        logprob = torch.empty(
-            len(targets), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32)
-        )
-        entropy = torch.empty_like(logprob)  # (T,)
-        for start in range(0, len(targets), chunk):
-            part = slice(start, start + chunk)
-            logp = _TokenLogprobs.log_softmax(hidden[part], weight, bias, temperature)  # (C, V)
-            logprob[part] = logp.gather(-1, targets[part, None]).squeeze(-1)
-            entropy[part] = -torch.einsum("cv,cv->c", logp.exp(), logp)
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.temperature, ctx.chunk, ctx.entropy_grad = temperature, chunk, entropy_grad
-        if not entropy_grad:
-            ctx.mark_non_differentiable(entropy)
-        return logprob, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logprob, grad_entropy):
-        hidden, weight, bias, targets = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # Sums over chunks are kept in fp32: bf16 would drop the small terms of late chunks.
-        grad_weight = torch.zeros_like(weight, dtype=grad_logprob.dtype) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=grad_logprob.dtype) if need_bias else None
-        for start in range(0, len(targets), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            logp = _TokenLogprobs.log_softmax(hidden[part], weight, bias, ctx.temperature)  # (C, V)
-            if ctx.entropy_grad:  # dH/dlogit = -p (log p + H), dlogprob/dlogit = onehot - p
-                p = logp.exp()
-                entropy = -torch.einsum("cv,cv->c", p, logp)
-                scale = (logp.add_(entropy[:, None])).mul_(grad_entropy[part, None]).add_(grad_logprob[part, None])
-                grad = p.mul_(scale).neg_()
-            else:
-                grad = logp.exp_().mul_(-grad_logprob[part, None])
-            grad.scatter_add_(-1, targets[part, None], grad_logprob[part, None])
-            if ctx.temperature != 1.0:
-                grad /= ctx.temperature
-            if need_bias:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
-            if need_hidden:
-                torch.mm(grad, weight, out=grad_hidden[part])
-            if need_weight and grad.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad.T, hidden[part])
-            elif need_weight:
-                grad_weight += grad.T @ hidden[part]
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
-
-
-def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    chunk: int = 512,
-    entropy_grad: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of each next-token distribution, in nats.
-
-    hidden (T, H) last hidden states, weight (V, H) output embedding (may be tied to the input embedding), bias (V,),
-    targets (T,) token ids  ->  logprob (T,), entropy (T,), both fp32.
-    Works on `chunk` tokens at a time and recomputes their logits in the backward pass: memory is O(chunk x V), not
-    O(T x V), for one extra head product. Gradients flow through `entropy` only with `entropy_grad=True`.
-    """
-    return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature, chunk, entropy_grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -33,8 +33,9 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from logprobs import token_logprobs
 from optimizer import MasterAdamW
-from trr import Sample, token_logprobs, update
+from trr import Sample, update
 
 LR, GRAD_CLIP = 1e-6, 1.0
 
