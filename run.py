@@ -120,7 +120,7 @@ def describe(config: Config) -> memory.Plan:
     """Print which engine, device and type a run uses, how many rollouts a step makes, and what memory and time to
     expect. Returns the memory plan. Raises ValueError for a model that cannot be had or does not fit."""
     device, dtype = place(config)
-    engine, hf_config = choose_engine(config.engine), load_config(config.model)
+    engine, hf_config = choose_engine(config.engine), rollout.load_config(config.model)
     card = (config.memory * memory.GB or torch.cuda.mem_get_info()[1]) if device == "cuda" else None
     cells = len(config.kinds) * config.batch
     overrides = {"token_budget": config.token_budget or None}
@@ -176,15 +176,6 @@ def choose_engine(kind: str) -> str:
         print(f"using the transformers engine: {error}")
         return "transformers"
     return "vllm"
-
-
-def load_config(model: str) -> transformers.PretrainedConfig:
-    path = rollout.resolve_model(model)
-    try:
-        return transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ValueError(f"no model {model!r} ({reason}); give a Hugging Face folder or a hub name") from None
 
 
 def place(config: Config) -> tuple[str, str]:
