@@ -48,14 +48,14 @@ def train(run: Run) -> None:
         attempts = solve(run, proposals, step)
         verify(run, attempts)
         give_rewards(run, proposals, attempts, step)
-        with uninterrupted():  # a Ctrl-C inside the update waits: half an optimizer step cannot be saved
+        with uninterrupted(run):  # half an optimizer step cannot be saved, so Ctrl-C waits for the end of the step
             update = learn(run, [*proposals, *attempts], step)
             admit(run, proposals)
             run.step = step
-        if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-            update |= evaluate_policy(run)
-        record = report.log(run, proposals, attempts, update, time.perf_counter() - began)
-        save(run, record)
+            if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+                update |= evaluate_policy(run)
+            record = report.log(run, proposals, attempts, update, time.perf_counter() - began)
+            save(run, record)
         if config.stop_on_collapse and record["alarms"]:
             print(f"stopped by --stop-on-collapse after step {step}; the checkpoint is in {run.folder / 'checkpoint'}")
             break
@@ -469,7 +469,11 @@ def begin(run: Run) -> None:
 def stopped(run: Run) -> None:
     """Ctrl-C: the last finished step is saved if it was not yet."""
     saved = run.folder / "checkpoint"
-    if run.history and (not saved.exists() or int(saved.resolve().name.rpartition("-")[2]) < run.step):
+    if (
+        run.history
+        and not run.halfway
+        and (not saved.exists() or int(saved.resolve().name.rpartition("-")[2]) < run.step)
+    ):
         save_checkpoint(run)
     print(f"\nstopped after step {run.step}; continue with: python azr.py --resume {run.folder}")
 

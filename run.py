@@ -78,6 +78,7 @@ class Run:
     plan: memory.Plan
     buffers: dict[str, Buffer]
     step: int = 0
+    halfway: bool = False  # the policy may be in the middle of an update: not a state to save
     seconds: Counter = field(default_factory=Counter)  # per phase of the current step
     history: list[dict] = field(default_factory=list)  # the records of metrics.jsonl
 
@@ -100,12 +101,20 @@ def phase(run: Run, name: str, total: int) -> Iterator[tqdm]:
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C until the block is over."""
+def uninterrupted(run: Run) -> Iterator[None]:
+    """Hold back Ctrl-C until the block is over; a second one stops at once, and then this step is lost."""
     caught: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+
+    def note(number: int, frame: object) -> None:
+        caught.append(number)
+        if len(caught) > 1:
+            raise KeyboardInterrupt
+        print("finishing the step before stopping; once more Ctrl-C stops at once and loses it", file=sys.stderr)
+
+    previous, run.halfway = signal.signal(signal.SIGINT, note), True
     try:
         yield
+        run.halfway = False
     finally:
         signal.signal(signal.SIGINT, previous)
     if caught:
