@@ -179,7 +179,7 @@ def score_only_header(path: Path | None, name: str) -> dict:
 
 def score(suite: Suite, name: str, rows, answers, header: dict, executor, progress: bool) -> dict:
     pairs = [(item.gold, answer) for (item, _), answer in zip(rows, answers, strict=True)]
-    with tqdm(total=len(pairs), desc=f"{name} score", disable=not progress) as bar:
+    with tqdm(desc=f"{name} score", unit="job", disable=not progress) as bar:
         judge = executor if suite.group == "reasoning" else None
         scores = suite.score(pairs, executor=judge, progress=bar.update)
     return make_record(suite, name, rows, answers, scores, header)
