@@ -39,7 +39,7 @@ from run import Rollout, Run, describe, make_rollout, phase, start, uninterrupte
 
 
 def train(run: Run) -> None:
-    """Seed the buffers, then self-play until `steps`."""
+    """Self-play from the step after the last finished one until `steps`."""
     config = run.config
     while run.step < config.steps:
         step, run.seconds, began = run.step + 1, Counter(), time.perf_counter()
