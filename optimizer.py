@@ -62,17 +62,27 @@ class MasterAdamW:
         self.offload, self.piece, self.steps = offload, piece, 0
         self.sums: dict[torch.nn.Parameter, Tensor] = {}  # fp32 gradients of bf16 parameters, only during an update
 
-        def state(p: Tensor) -> Tensor:
-            place = {"device": "cpu", "pin_memory": p.is_cuda} if offload else {"device": p.device}
-            return torch.zeros(p.shape, dtype=torch.float32, **place)
+        rounded = {name: p for name, p in self.params.items() if p.dtype != torch.float32}
+        copies = self._zeros(rounded)
+        self.master = {
+            name: copies[name].copy_(p.data) if name in rounded else p.data for name, p in self.params.items()
+        }
+        self.exp_avg, self.exp_avg_sq = self._zeros(self.params), self._zeros(self.params)
+        for p in () if offload else rounded.values():
+            p.register_post_accumulate_grad_hook(self._add)
 
-        own = {name: p.dtype == torch.float32 for name, p in self.params.items()}
-        self.master = {n: p.data if own[n] else state(p).copy_(p.data) for n, p in self.params.items()}
-        self.exp_avg = {name: state(p) for name, p in self.params.items()}
-        self.exp_avg_sq = {name: state(p) for name, p in self.params.items()}
-        for name, p in self.params.items():
-            if not own[name] and not offload:
-                p.register_post_accumulate_grad_hook(self._add)
+    def _zeros(self, params: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+        """One fp32 tensor per parameter: beside it, or offloaded as a piece of one pinned host buffer.
+
+        The buffer is pinned in place: torch's allocator of pinned memory rounds every tensor up to a power of two.
+        """
+        if not self.offload:
+            return {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in params.items()}
+        flat = torch.zeros(sum(p.numel() for p in params.values()), dtype=torch.float32)
+        if any(p.is_cuda for p in params.values()):
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0))
+        pieces = flat.split([p.numel() for p in params.values()])
+        return {name: piece.view(p.shape) for (name, p), piece in zip(params.items(), pieces, strict=True)}
 
     def _add(self, p: torch.nn.Parameter) -> None:
         if p in self.sums:
