@@ -46,7 +46,7 @@ def read_responses(path: Path | None, header: dict) -> dict[str, list[dict]]:
     if not whole:
         return {}
     old = json.loads(whole[0])
-    wrong = [key for key in header if header[key] is not None and old.get(key) != header[key]]
+    wrong = [key for key in header if key != "data" and header[key] is not None and old.get(key) != header[key]]
     if wrong:
         what = ", ".join(f"{key} {old.get(key)!r} instead of {header[key]!r}" for key in wrong)
         raise ValueError(f"{path} was made with {what}: choose another --out or delete the file.")
@@ -346,8 +346,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError("--samples-file holds samples of one suite: name exactly one in --suites.")
             records = {plan[0][1]: score_samples(plan[0][1], args.samples_file, args.data, files, True)}
         else:
-            for _, name, _ in plan:
-                load_items(name, args.data, files)  # missing data show before the model is loaded
+            for _, name, _ in plan:  # missing data and packages show before the model is loaded
+                suite, _, about = load_items(name, args.data, files)
+                if suite.group == "math":
+                    scoring.require_math_verify()
+                if "note" in about:
+                    print(f"note: {about['note']}", file=sys.stderr)
             engine, tokenizer = (None, None) if args.score_only else open_engine(args, len(plan))
             records = run_suites(
                 specs, engine, tokenizer, data_dir=args.data, out_dir=args.out, files=files, limit=args.limit,

@@ -11,6 +11,7 @@ Sources: math-verify 0.9.0; LiveCodeBench-Execution's and CRUXEval's formats.
 """
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -199,12 +200,19 @@ def math_equal(prediction: str, gold: str, normalise: bool = True, call: str = "
     return bool(verify(want, got, timeout_seconds=MATH_LIMIT_S))
 
 
+def require_math_verify() -> None:
+    """Raise RuntimeError in one sentence where math-verify is missing."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise RuntimeError("Math suites need math-verify: pip install -r requirements-eval.txt")
+
+
 def judge_math(pairs: Sequence[tuple[str, str]], progress: Progress = None, workers: int | None = None) -> list[bool]:
     """Verdicts of (prediction, gold) pairs, computed in child processes with a memory limit.
 
     A pair that hangs or kills its child is wrong and costs the others nothing. Raises RuntimeError where math-verify is
     missing.
     """
+    require_math_verify()
     workers = min(workers or max(1, (os.cpu_count() or 2) // 2), len(pairs)) or 1
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(lambda part: _judge_part(part, progress), [pairs[w::workers] for w in range(workers)]))
@@ -222,7 +230,7 @@ def _judge_part(pairs: Sequence[tuple[str, str]], progress: Progress) -> list[bo
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as child:
             if child.stdout.readline() != "ready\n":
-                raise RuntimeError("math suites need math-verify: pip install -r requirements-eval.txt")
+                raise RuntimeError("The math child did not start: try `python scoring.py` and read its error.")
             for pair in pairs[len(verdicts) :]:
                 child.stdin.write(json.dumps(pair) + "\n")
                 child.stdin.flush()

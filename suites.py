@@ -234,6 +234,11 @@ def load_items(name: str, data_dir: Path, files: dict[str, Path]) -> tuple[Suite
         rows = load_from_hub(name, suite, data_dir)
         data = json.dumps(rows, sort_keys=True, default=str).encode()
     about = {"data": str(paths[0]) if paths else suite.source, "data_sha256": hashlib.sha256(data).hexdigest()}
+    public_only = sum("private_test_cases" not in row for row in rows) if suite.item is lcb_item else 0
+    if public_only:
+        about["note"] = (
+            f"{public_only} of {len(rows)} problems of {name} have public tests only; scores will be too high"
+        )
     return suite, [suite.item(row, index) for index, row in enumerate(rows)], about
 
 

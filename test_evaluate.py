@@ -533,3 +533,11 @@ def test_summary_shows_the_averages_of_table_1():
     scores = {"humaneval+": 0.8, "mbpp+": 0.7, "lcb": 0.3, "math500": 0.5, "cruxeval-o": 0.9}
     text = "\n".join(comparison.summary({name: record | {"accuracy": value} for name, value in scores.items()}))
     assert "60.0       (3 of 3" in text and "50.0       (1 of 6" in text and "55.0" in text
+
+
+def test_public_tests_only_is_said(tmp_path):
+    row = problem([("1", "1")])
+    (tmp_path / "lcb.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"private_test_cases": "[]"}) + "\n")
+    _, items, about = suites.load_items("lcb", tmp_path, {})
+    assert len(items) == 2 and "1 of 2" in about["note"]
+    assert suites.load_items("lcb", Path("nowhere"), {"lcb": tmp_path})[2]["data_sha256"] == about["data_sha256"]
