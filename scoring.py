@@ -61,7 +61,7 @@ def extract_math(response: str) -> str | None:
         found = display[-1] if display else response[phrases[-1].end() :].split("\n")[0] if phrases else ""
     elif found is None:
         found = PHRASE.split(answer)[-1]
-    found = found.strip().rstrip(".").strip()
+    found = re.sub(r"(?<!\.)\.$", "", found.strip()).strip()
     for left, right in ((r"\[", r"\]"), (r"\(", r"\)"), ("$$", "$$"), ("$", "$")):
         inner = found[len(left) : -len(right)]
         if found.startswith(left) and found.endswith(right) and inner and left not in inner:
@@ -167,16 +167,14 @@ def score_reasoning(
 
 NUMBER_E = re.compile(r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?![\w.])")
 MATH_RULES: tuple[tuple[re.Pattern, str], ...] = (  # applied to gold and prediction alike; none drops letters or digits
+    (re.compile(r"(?<!\.)\.\s*$"), ""),
     (re.compile(r"(?<=\d)(?:\\,|\\!|\{,\})(?=\d{3})"), ""),  # thousands
     (re.compile(r"\\[,;!:]"), " "),
     (re.compile("°"), r"^\\circ"),
     (NUMBER_E, r"\1 \\times 10^{\2}"),  # math-verify reads 3e8 as 3*E*8
     (re.compile(r"(?<=\d)\s+i(?![A-Za-z])"), "i"),
-    (re.compile(r"(?<!\.)\.\s*$"), ""),
 )
-MATH_LIMIT_S = (
-    30  # math-verify's own alarm; its limits are wall clock, and short ones fail easy pairs on a busy machine
-)
+MATH_LIMIT_S = 30  # wall clock, for math-verify knows no other; short limits fail easy pairs on a busy machine
 
 
 def normalise_math(text: str) -> str:
