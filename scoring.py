@@ -168,8 +168,8 @@ def score_reasoning(
 NUMBER_E = re.compile(r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?![\w.])")
 MATH_RULES: tuple[tuple[re.Pattern, str], ...] = (  # applied to gold and prediction alike; none drops letters or digits
     (re.compile(r"(?<!\.)\.\s*$"), ""),
-    (re.compile(r"(?<=\d)(?:\\,|\\!|\{,\})(?=\d{3})"), ""),  # thousands
-    (re.compile(r"\\[,;!:]"), " "),
+    (re.compile(r"\\!|(?<=\d)(?:\\,|\{,\})(?=\d{3})"), ""),  # negative space; thousands
+    (re.compile(r"\\[,;:]"), " "),
     (re.compile("°"), r"^\\circ"),
     (NUMBER_E, r"\1 \\times 10^{\2}"),  # math-verify reads 3e8 as 3*E*8
     (re.compile(r"(?<=\d)\s+i(?![A-Za-z])"), "i"),

@@ -324,6 +324,7 @@ def test_math_equal_cases():
                  ("2i", "2"), ("3e8", "38"), ("x", "y"), ("2\\,013", "213")]  # fmt: skip
     assert not any(scoring.math_equal(a, b) or scoring.math_equal(b, a) for a, b in different)
     assert scoring.math_equal("448.", "448") and scoring.math_equal("2\\,013", "2013")
+    assert scoring.math_equal("12,\\!000", "12000") and scoring.math_equal("1{,}234", "1234")
 
 
 @needs_bench
