@@ -1,0 +1,510 @@
+"""Make the embedded tiny model from nothing: tokenizer, corpus, pre-training, held-out tasks.
+
+What it does: writes small random programs over integers, short lists and short strings, runs them, phrases them as the
+six prompts of `prompts.py` with responses, trains a Llama of about one million parameters on the responses, and
+writes frozen held-out tasks whose programs and prompts the corpus never contains.
+What it leaves out: any text that is not made here. What the base model was given, and what not: `tiny/README.md`.
+
+    python tiny/make.py            # all of it, deterministic for a given torch version and thread count
+    python tiny/make.py --check    # only verify: corpus against held-out tasks, traces, tokenizer round trip
+"""
+
+import argparse
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import prompts
+from buffers import KINDS, Task, load_tasks, normalise, save_tasks, zero_task
+
+HERE = Path(__file__).resolve().parent
+SEEN_DEPTHS = (1, 2, 3)  # statements per program in the corpus
+HELD_OUT_DEPTHS = (1, 2, 3, 4, 5)
+HELD_OUT_PER_DEPTH = 40
+N_INPUTS, VISIBLE = 4, 2  # pairs of an induction task
+BIGGEST, LONGEST = 15, 5  # |integer| and length of every value on the way, in the corpus
+LETTERS = "abcde"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operations. A program is a chain of statements `x = <code>`.
+
+
+@dataclass(frozen=True)
+class Op:
+    """One statement: `code` and its description in `words`, with an optional constant {c} from `constants`; from
+    type `takes` to type `gives`; `undo(y, c)` gives an input that leads to y, if a simple rule has one."""
+
+    code: str
+    words: str
+    takes: str
+    gives: str
+    constants: tuple
+    undo: Callable
+
+
+def ops_on_sequences(kind: str) -> list[Op]:
+    one = [1] if kind == "list" else "a"
+    return [
+        Op("x[::-1]", "reverse", kind, kind, (), lambda y, c: y[::-1]),
+        Op("x[1:]", "drop the first", kind, kind, (), lambda y, c: y[:1] + y or one),
+        Op("x[:-1]", "drop the last", kind, kind, (), lambda y, c: y + y[-1:] or one),
+        Op("x[:2]", "keep the first two", kind, kind, (), lambda y, c: y),
+        Op("x[1:] + x[:1]", "rotate left", kind, kind, (), lambda y, c: y[-1:] + y[:-1]),
+        Op("x[-1:] + x[:-1]", "rotate right", kind, kind, (), lambda y, c: y[1:] + y[:1]),
+        Op("x + x[:1]", "append the first again", kind, kind, (), lambda y, c: y[:-1]),
+        Op("len(x)", "count all", kind, "int", (), lambda y, c: one * y),
+    ]
+
+
+SMALL = (1, 2, 3)
+OPS = [
+    Op("x + {c}", "add {c}", "int", "int", SMALL, lambda y, c: y - c),
+    Op("x - {c}", "subtract {c}", "int", "int", SMALL, lambda y, c: y + c),
+    Op("x * 2", "double", "int", "int", (), lambda y, c: y // 2),
+    Op("-x", "negate", "int", "int", (), lambda y, c: -y),
+    Op("abs(x)", "drop the sign", "int", "int", (), lambda y, c: y),
+    Op("max(x, {c})", "at least {c}", "int", "int", SMALL, lambda y, c: y),
+    Op("[x, {c}]", "pair with {c}", "int", "list", SMALL, lambda y, c: y[0]),
+    Op("[x] * {c}", "make {c} copies", "int", "list", (2, 3), lambda y, c: y[0]),
+    Op("list(range(x))", "list all below", "int", "list", (), lambda y, c: len(y)),
+    *ops_on_sequences("list"),
+    Op("sorted(x)", "sort", "list", "list", (), lambda y, c: y),
+    Op("x + [{c}]", "append {c}", "list", "list", SMALL, lambda y, c: y[:-1]),
+    Op("[{c}] + x", "put {c} first", "list", "list", SMALL, lambda y, c: y[1:]),
+    Op("[v + {c} for v in x]", "add {c} to each", "list", "list", SMALL, lambda y, c: [v - c for v in y]),
+    Op("[v - {c} for v in x]", "subtract {c} from each", "list", "list", SMALL, lambda y, c: [v + c for v in y]),
+    Op("[v * 2 for v in x]", "double each", "list", "list", (), lambda y, c: [v // 2 for v in y]),
+    Op("[-v for v in x]", "negate each", "list", "list", (), lambda y, c: [-v for v in y]),
+    Op("[v for v in x if v > {c}]", "keep those above {c}", "list", "list", SMALL, lambda y, c: y),
+    Op("max(x)", "take the largest", "list", "int", (), lambda y, c: [y]),
+    Op("min(x)", "take the smallest", "list", "int", (), lambda y, c: [y]),
+    Op("x[0]", "take the first", "list", "int", (), lambda y, c: [y]),
+    Op("x[-1]", "take the last", "list", "int", (), lambda y, c: [y]),
+    *ops_on_sequences("str"),
+    Op("''.join(sorted(x))", "sort the letters", "str", "str", (), lambda y, c: y),
+    Op("x.upper()", "to capitals", "str", "str", (), lambda y, c: y.lower()),
+    Op("x + '{c}'", "append {c}", "str", "str", tuple(LETTERS), lambda y, c: y[:-1]),
+    Op("'{c}' + x", "put {c} first", "str", "str", tuple(LETTERS), lambda y, c: y[1:]),
+    Op("x.replace('{c}', '')", "remove all {c}", "str", "str", tuple(LETTERS), lambda y, c: y),
+]
+# The base model sees these solved much less often than the others: what it can still learn, not only show.
+RARE = {"x[-1:] + x[:-1]", "x[:2]", "[v * 2 for v in x]", "x * 2", "max(x, {c})", "[v for v in x if v > {c}]"}
+BY_TYPE = {kind: [op for op in OPS if op.takes == kind] for kind in ("int", "list", "str")}
+WEIGHTS = {kind: [0.15 if op.code in RARE else 1.0 for op in ops] for kind, ops in BY_TYPE.items()}
+HIDDEN = "one more step"  # stands for the last statement in a message that does not give it away
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation with its constant filled in."""
+
+    op: Op
+    constant: object = None
+
+    @property
+    def code(self) -> str:
+        return self.op.code.replace("{c}", str(self.constant))
+
+    @property
+    def words(self) -> str:
+        return self.op.words.replace("{c}", str(self.constant))
+
+
+def program_text(steps: list[Step]) -> str:
+    return "def f(x):" + "".join(f"\n    x = {step.code}" for step in steps) + "\n    return x"
+
+
+COMPILED: dict[str, Callable] = {}
+
+
+def run(steps: list[Step], value) -> list | None:
+    """The states after each statement, by executing each; None if one fails or leaves the small domain."""
+    states = []
+    for step in steps:
+        code = step.code
+        if code not in COMPILED:
+            COMPILED[code] = eval(f"lambda x: {code}")  # our own text, from the table above
+        try:
+            value = COMPILED[code](value)
+        except (IndexError, ValueError, TypeError):
+            return None
+        if not small(value):
+            return None
+        states.append(value)
+    return states
+
+
+def small(value) -> bool:
+    if isinstance(value, int):
+        return abs(value) <= BIGGEST
+    return len(value) <= LONGEST and (isinstance(value, str) or all(abs(v) <= BIGGEST for v in value))
+
+
+def random_value(rng: random.Random, kind: str):
+    if kind == "int":
+        return rng.randint(-5, 9)
+    if kind == "str":
+        return "".join(rng.choice(LETTERS) for _ in range(rng.randint(2, 4)))
+    return [rng.randint(0, 9) for _ in range(rng.randint(2, 4))]
+
+
+def random_steps(rng: random.Random, depth: int, uniform: bool) -> tuple[str, list[Step]]:
+    """A chain of `depth` operations whose types fit, and the type of its input."""
+    start = kind = rng.choices(("list", "int", "str"), (2, 1, 1))[0]
+    steps = []
+    for _ in range(depth):
+        op = rng.choices(BY_TYPE[kind], None if uniform else WEIGHTS[kind])[0]
+        steps.append(Step(op, rng.choice(op.constants) if op.constants else None))
+        kind = op.gives
+    return start, steps
+
+
+def undo(steps: list[Step], output) -> list | None:
+    """Backwards from the output: the value before each statement, last statement first; None if the simple rules do
+    not lead to an input that gives this output."""
+    values, value = [], output
+    for step in reversed(steps):
+        try:
+            value = step.op.undo(value, step.constant)
+        except (IndexError, TypeError, ValueError):
+            return None
+        if type(value).__name__ != step.op.takes or not small(value):
+            return None
+        values.append(value)
+    states = run(steps, value)
+    return values if states and states[-1] == output else None
+
+
+@dataclass
+class Problem:
+    """A program with an input that runs, before it becomes a task of one kind."""
+
+    steps: list[Step]
+    program: str
+    key: str
+    values: list
+    outputs: list
+
+
+KEYS: dict[str, str] = {}
+
+
+def split_of(key: str) -> str:
+    """Which side a program belongs to, by its digest: 10 % test, 10 % dev, the rest corpus. Never both."""
+    return {0: "test", 1: "dev"}.get(int(key[:8], 16) % 10, "corpus")
+
+
+def problem(rng: random.Random, split: str, depth: int, count: int = 1, uniform: bool = True) -> Problem:
+    """A random program of one split with `count` different inputs; its output differs from its input."""
+    while True:
+        start, steps = random_steps(rng, depth, uniform)
+        program = program_text(steps)
+        if program not in KEYS:
+            KEYS[program] = normalise(program)
+        if split_of(KEYS[program]) != split:
+            continue
+        values, outputs = [], []
+        for _ in range(3 * count):
+            value = random_value(rng, start)
+            states = run(steps, value)
+            if states and states[-1] != value and value not in values:
+                values.append(value)
+                outputs.append(states[-1])
+            if len(values) == count:
+                if count == 1 or len({repr(output) for output in outputs}) > count // 2:
+                    return Problem(steps, program, KEYS[program], values, outputs)
+                break
+
+
+def message(rng: random.Random, steps: list[Step]) -> str:
+    """What the steps do, in order; two times out of three without the last one."""
+    words = [step.words for step in steps]
+    if not words:
+        return "leave it as it is"
+    if rng.random() < 2 / 3:
+        words[-1] = HIDDEN
+    return ", then ".join(words)
+
+
+def as_task(rng: random.Random, kind: str, item: Problem) -> Task:
+    count = N_INPUTS if kind == "induction" else 1
+    inputs, outputs = [repr(v) for v in item.values[:count]], [repr(v) for v in item.outputs[:count]]
+    note = message(rng, item.steps) if kind == "induction" else ""
+    visible = VISIBLE if kind == "induction" else 1
+    return Task(kind, item.program, inputs, outputs, note, visible, depth=len(item.steps))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Responses. With reasoning: one clause per statement. Without: straight to the answer.
+
+REASON = "Step by step: "
+ANSWER = "</think>\n<answer>\n```{label}\n"
+END = "\n```\n</answer>"
+
+
+def respond(label: str, content: str, clauses: list[str]) -> str:
+    think = REASON + "; ".join(clauses) + "\n" if clauses else ""
+    return think + ANSWER.format(label=label) + content + END
+
+
+def solve_example(rng: random.Random, kind: str, reason: bool, split: str = "corpus", depth: int = 0, uniform=False):
+    """(task, response) for one solver prompt; the response is right."""
+    depth = depth or rng.choice(SEEN_DEPTHS)
+    while True:
+        item = problem(rng, split, depth, N_INPUTS if kind == "induction" else 1, uniform)
+        task = as_task(rng, kind, item)
+        if kind == "abduction":
+            values = undo(item.steps, item.outputs[0])
+            if values is None:
+                continue
+            steps = item.steps[::-1]
+            clauses = [f"{step.code} <- {value!r}" for step, value in zip(steps, values, strict=True)]
+            return task, respond("input", repr(values[-1]), clauses if reason else [])
+        states = run(item.steps, item.values[0])
+        clauses = [f"{step.code} -> {value!r}" for step, value in zip(item.steps, states, strict=True)]
+        if kind == "deduction":
+            return task, respond("output", repr(item.outputs[0]), clauses if reason else [])
+        return task, respond("python", item.program, clauses if reason else [])
+
+
+def propose_example(rng: random.Random, kind: str) -> tuple[list[str], str]:
+    """(prompt turns, response) for one proposer prompt: a program of the corpus split and inputs that run."""
+    depth = rng.choices(SEEN_DEPTHS, (3, 4, 3))[0]
+    if kind == "induction":
+        item = problem(rng, "corpus", depth, N_INPUTS + 1)
+        if rng.random() < 0.03:  # the identity, which is what self-play starts from
+            values = [random_value(rng, "list") for _ in range(N_INPUTS + 1)]
+            item = Problem([], zero_task(kind).program, "", values, values)
+        inputs = [repr(value) for value in item.values]
+        task = Task(kind, item.program, inputs[-1:], [repr(item.outputs[-1])])
+        blocks = "\n".join(f"```input {n}\n{text}\n```" for n, text in enumerate(inputs[:-1], 1))
+        body = f"{blocks}\n```message\n{message(rng, item.steps)}".removeprefix("```input 1\n")
+        return prompts.propose_prompt(kind, [task], N_INPUTS), respond("input 1", body, [])
+    item = problem(rng, "corpus", depth)
+    references = []
+    for _ in range(rng.choice((1, 2, 2, 2))):
+        other = problem(rng, "corpus", rng.choices(SEEN_DEPTHS, (3, 4, 3))[0])
+        references.append(zero_task(kind) if rng.random() < 0.1 else as_task(rng, kind, other))
+    body = f"{item.program}\n```\n```input\n{item.values[0]!r}"
+    return prompts.propose_prompt(kind, references), respond("python", body, [])
+
+
+# Shares of the six cells, and how often a solver's response reasons, in the two stages of training.
+CELLS = (("propose", "abduction", 0.5), ("propose", "deduction", 0.5), ("propose", "induction", 0.6)) + tuple(
+    ("solve", kind, 3) for kind in KINDS
+)
+
+
+def corpus(rng: random.Random, reason: float, forbidden: set) -> Iterator[tuple]:
+    """Endless (prompt, response) pairs, prompts without the wrapper; none of the prompts is in `forbidden`."""
+    while True:
+        role, kind, _ = rng.choices(CELLS, [share for *_, share in CELLS])[0]
+        if role == "propose":
+            yield propose_example(rng, kind)
+            continue
+        task, response = solve_example(rng, kind, rng.random() < reason)
+        prompt = prompts.solve_prompt(task)
+        if prompt[-1] not in forbidden:
+            yield prompt, response
+
+
+def held_out(split: str, seed: int) -> list[Task]:
+    """The frozen tasks of one split: every kind and depth, all different, programs drawn uniformly."""
+    rng, tasks, seen = random.Random(seed), [], set()
+    for kind in KINDS:
+        for depth in HELD_OUT_DEPTHS:
+            count = 0
+            while count < HELD_OUT_PER_DEPTH:
+                task = as_task(rng, kind, problem(rng, split, depth, N_INPUTS if kind == "induction" else 1))
+                prompt = prompts.solve_prompt(task)[-1]
+                if prompt not in seen:
+                    seen.add(prompt)
+                    task.id = f"{split}-{kind}-{depth}-{count}"
+                    tasks.append(task)
+                    count += 1
+    return tasks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer: bytes, plus whole tokens for the fixed text of the prompts, the pieces of the programs and small integers.
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {letter: 2 + i for i, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    pieces = prompts.fragments() + [
+        "<think>\n",
+        REASON,
+        END,
+        "\n```\n```message\n",
+        "def f(x):",
+        "\n    x = ",
+        "\n    return x",
+    ]
+    pieces += [f"\n```\n```input {number}\n" for number in range(2, N_INPUTS + 1)]
+    for label in ("python", "input", "output", "input 1"):
+        pieces += [ANSWER.format(label=label), "\n" + ANSWER.format(label=label)]
+    for op in OPS:
+        pieces += [*op.code.split("{c}"), *op.words.split("{c}")]
+    pieces += [", then ", HIDDEN, "leave it as it is", "; ", "]; ", "'; ", ", ", "[]"]
+    pieces += [arrow + opening for arrow in (" -> ", " <- ") for opening in ("", "[", "'")]
+    pieces += [str(number) for number in range(-BIGGEST, BIGGEST + 1)]
+    pieces = [piece for piece in dict.fromkeys(pieces) if len(piece) > 1]
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in ("<pad>", "<eos>")])
+    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in pieces])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pre-training: plain next-token loss on the responses.
+
+MODEL = {
+    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "intermediate_size": 512, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+}  # fmt: skip
+TOKENS_PER_BATCH = 4096
+# (steps, peak learning rate, share of solver responses that reason)
+STAGES = ((1100, 5e-3, 0.9), (120, 1.5e-3, 0.1))
+
+
+def batches(examples: Iterator[tuple], tokenizer, steps: int, rng: random.Random) -> Iterator[tuple]:
+    """`steps` batches (ids (B, T), response mask (B, T)), rows of similar length together, padded on the right."""
+    done = 0
+    while done < steps:
+        chunk = [next(examples) for _ in range(6000)]
+        heads = tokenizer([prompts.wrap(prompt, tokenizer) for prompt, _ in chunk])["input_ids"]
+        tails = tokenizer([response for _, response in chunk])["input_ids"]
+        rows = sorted(
+            ((head + tail + [tokenizer.eos_token_id], len(head)) for head, tail in zip(heads, tails, strict=True)),
+            key=lambda row: (len(row[0]), row[0]),
+        )
+        groups, group = [], []
+        for row in rows:
+            if (len(group) + 1) * len(row[0]) > TOKENS_PER_BATCH:
+                groups.append(group)
+                group = []
+            group.append(row)
+        rng.shuffle(groups)  # the last, unfinished group is dropped
+        for group in groups[: steps - done]:
+            width = max(len(ids) for ids, _ in group)
+            ids = torch.full((len(group), width), tokenizer.pad_token_id)
+            mask = torch.zeros(len(group), width, dtype=torch.bool)
+            for i, (row, start) in enumerate(group):
+                ids[i, : len(row)] = torch.tensor(row)
+                mask[i, start : len(row)] = True
+            yield ids, mask
+            done += 1
+
+
+def train(model, data: Iterator[tuple], steps: int, peak: float, log: Callable[[str], None]) -> None:
+    """Muon for the matrices, AdamW for the rest, cosine decay after a short warm-up."""
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    outer = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    muon = torch.optim.Muon(inner, lr=peak, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(outer, lr=peak, weight_decay=0.0, betas=(0.9, 0.98))
+    total, tokens = 0.0, 0
+    for step, (ids, mask) in enumerate(data, 1):
+        factor = min(step / 20, 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
+        for optimizer in (muon, adam):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][mask[:, 1:]]
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][mask[:, 1:]])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in (muon, adam):
+            optimizer.step()
+            optimizer.zero_grad()
+        total, tokens = total + loss.item(), tokens + ids.numel()
+        if step % 50 == 0 or step == steps:
+            log(f"step {step:5d}  loss {total / ((step - 1) % 50 + 1):.3f}  {tokens / 1e6:.2f}M tokens")
+            total = 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it, and the checks
+
+
+def check(tokenizer, tasks: list[Task], forbidden: set, samples: int = 3000) -> None:
+    """Raise AssertionError where the corpus meets a held-out task, a gold answer is wrong, or a text does not survive
+    the tokenizer."""
+    for text in prompts.fragments():
+        assert len(tokenizer.encode(text)) == 1, f"not one token: {text[:60]!r}; the prompts changed, make it again"
+    programs = {normalise(task.program) for task in tasks}
+    rng = random.Random(-1)
+    for prompt, response in (pair for pair, _ in zip(corpus(rng, 0.5, forbidden), range(samples), strict=False)):
+        text = prompts.wrap(prompt, tokenizer) + response
+        assert tokenizer.decode(tokenizer.encode(text)) == text, text
+        assert prompts.split_response(response).formatted, response
+        assert prompt[-1] not in forbidden, prompt[-1]
+    used = {KEYS[program] for program in KEYS if split_of(KEYS[program]) == "corpus"}
+    assert not used & programs, "a corpus program is held out"
+    for task in tasks:
+        space: dict = {}
+        exec(task.program, space)  # our own text
+        outputs = [repr(space["f"](eval(text))) for text in task.inputs]
+        assert outputs == task.outputs, task
+
+
+def make(seed: int) -> None:
+    began, cpu = time.perf_counter(), time.process_time()
+
+    def log(text: str) -> None:
+        print(f"{text}  {time.perf_counter() - began:.0f} s ({time.process_time() - cpu:.0f} cpu-s)", flush=True)
+
+    splits = {split: held_out(split, seed) for split, seed in (("dev", 11), ("test", 12))}
+    tasks = [task for split in splits.values() for task in split]
+    forbidden = {prompts.solve_prompt(task)[-1] for task in tasks}
+    tokenizer = build_tokenizer()
+    check(tokenizer, tasks, forbidden)
+    for split, found in splits.items():
+        save_tasks(HERE / f"{split}.jsonl", found)
+    log(f"held-out tasks: {', '.join(f'{len(found)} {split}' for split, found in splits.items())}")
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, **MODEL,
+    )  # fmt: skip
+    model, rng = LlamaForCausalLM(config), random.Random(seed)
+    log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+    for steps, peak, reason in STAGES:
+        train(model, batches(corpus(rng, reason, forbidden), tokenizer, steps, rng), steps, peak, log)
+    model.to(torch.float16).save_pretrained(HERE / "model")
+    tokenizer.save_pretrained(HERE / "model")
+    size = sum(path.stat().st_size for path in (HERE / "model").iterdir())
+    log(f"wrote {HERE / 'model'}: {size / 1e6:.1f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the embedded tiny model and its held-out tasks.")
+    parser.add_argument("--check", action="store_true", help="verify what is there and stop")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if not arguments.check:
+        make(arguments.seed)
+        return
+    tasks = [task for split in ("dev", "test") for task in load_tasks(HERE / f"{split}.jsonl")]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / "model")
+    check(tokenizer, tasks, {prompts.solve_prompt(task)[-1] for task in tasks})
+    print(f"ok: {len(tasks)} held-out tasks, no program or prompt of them in the corpus, every fragment one token")
+
+
+if __name__ == "__main__":
+    main()
