@@ -346,29 +346,28 @@ def share_seeds(run: Run, pairs: Buffer) -> None:
 def fill(run: Run, seeds: Buffer, kinds: tuple[str, ...], wanted: int) -> None:
     """Propose with the kinds in turn until `wanted` different tasks are there."""
     config, causes, number = run.config, Counter(), 0
-    bar = tqdm(total=wanted, desc=f"seed {'/'.join(kinds)}", initial=len(seeds))
-    while len(seeds) < wanted:
-        if sum(causes.values()) >= wanted * config.seed_limit:
-            reasons = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
-            raise SeedingError(
-                f"the model is too weak to seed the buffers: {causes['ok']} of {sum(causes.values())} proposals were "
-                f"valid and new, {wanted} are needed ({reasons}); use --seeds FILE, a lower --batch or --seed-factor, "
-                "--template chat for an instruct model, or a stronger model"
-            )
-        kind, number = kinds[number % len(kinds)], number + 1
-        if kind != "induction":
-            share_seeds(run, seeds)
-        rng = run.rng(0, f"seed/{kinds}/{number}")
-        proposals = [proposal_prompt(run, kind, rng, 0) for _ in range(config.batch)]
-        proposals = generate(run, f"seed/{kind}/{number}", proposals, 0)
-        validate(run, proposals, whole_response=True)
-        for index, proposal in enumerate(proposals):
-            if proposal.task and len(seeds) < wanted:
-                proposal.task.id = f"seed-{kind}-{number}-{index}"
-                proposal.verdict = "ok" if seeds.add(proposal.task) else "duplicate"
-            causes[proposal.verdict] += 1
-        bar.update(len(seeds) - bar.n)
-    bar.close()
+    with tqdm(total=wanted, desc=f"seed {'/'.join(kinds)}", initial=len(seeds)) as bar:
+        while len(seeds) < wanted:
+            if sum(causes.values()) >= wanted * config.seed_limit:
+                reasons = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
+                raise SeedingError(
+                    f"the model is too weak to seed the buffers: {causes['ok']} of {sum(causes.values())} proposals were "
+                    f"valid and new, {wanted} are needed ({reasons}); use --seeds FILE, a lower --batch or --seed-factor, "
+                    "--template chat for an instruct model, or a stronger model"
+                )
+            kind, number = kinds[number % len(kinds)], number + 1
+            if kind != "induction":
+                share_seeds(run, seeds)
+            rng = run.rng(0, f"seed/{kinds}/{number}")
+            proposals = [proposal_prompt(run, kind, rng, 0) for _ in range(config.batch)]
+            proposals = generate(run, f"seed/{kind}/{number}", proposals, 0)
+            validate(run, proposals, whole_response=True)
+            for index, proposal in enumerate(proposals):
+                if proposal.task and len(seeds) < wanted:
+                    proposal.task.id = f"seed-{kind}-{number}-{index}"
+                    proposal.verdict = "ok" if seeds.add(proposal.task) else "duplicate"
+                causes[proposal.verdict] += 1
+            bar.update(len(seeds) - bar.n)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

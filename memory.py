@@ -189,7 +189,8 @@ def search(
         parts = {
             "policy weights": (weights, weights),
             "optimizer (master and moments)": (0, 0) if offload else (states, states),
-            "gradients": (gradient_bytes * count, 0),
+            # an offloaded optimizer sums them in the policy's own type, so that 3B fits a 24 GB card
+            "gradients": ((width if offload else gradient_bytes) * count, 0),
             "activations": (saved, 0),
             # the C library keeps the freed pieces of the last chunk, torch's allocator on a card uses them again
             "logits chunk and backward": (max(head, backward + width * table) * (2 if cpu else 1), 0),

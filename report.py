@@ -124,7 +124,9 @@ def finish(run: Run) -> None:
     if kinds:
         print(plots.comparison_table(before, after))
     names = [key for key in kinds or evaluated[0] if key.startswith("eval/") and key.endswith("/accuracy")]
-    series = {name[5:-9]: [(record["step"], record[name]) for record in evaluated] for name in names}
+    several = len({name.split("/")[1] for name in names}) > 1
+    labels = {name: name[5:-9] if several else name[5:-9].rpartition("/")[2] for name in names}
+    series = {label: [(record["step"], record[name]) for record in evaluated] for name, label in labels.items()}
     series["mean"] = [(record["step"], record["score"]) for record in evaluated]
     print(plots.terminal_plot(series))
     (run.folder / "curve.svg").write_text(plots.svg_plot(series, "Held-out accuracy", "accuracy"), encoding="utf-8")

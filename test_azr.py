@@ -489,7 +489,7 @@ def test_a_model_too_weak_to_seed_says_how_many_and_why(tmp_path):
     AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(tmp_path / "model")
     arguments = ["--model", str(tmp_path / "model"), "--preset", "tiny", *SMALL, "--seed-limit", "4"]
     result = cli(*arguments, "--max-response", "8", "--out", str(tmp_path / "r"))
-    assert result.returncode == 2 and "too weak" in result.stderr and "no_answer" in result.stderr
+    assert result.returncode == 2 and "too weak" in result.stderr and "no_program" in result.stderr
     assert len(result.stderr.strip().splitlines()[-1]) < 500 and "Traceback" not in result.stderr
 
 
