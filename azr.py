@@ -351,9 +351,9 @@ def fill(run: Run, seeds: Buffer, kinds: tuple[str, ...], wanted: int) -> None:
             if sum(causes.values()) >= wanted * config.seed_limit:
                 reasons = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
                 raise SeedingError(
-                    f"the model is too weak to seed the buffers: {causes['ok']} of {sum(causes.values())} proposals were "
-                    f"valid and new, {wanted} are needed ({reasons}); use --seeds FILE, a lower --batch or --seed-factor, "
-                    "--template chat for an instruct model, or a stronger model"
+                    f"the model is too weak to seed the buffers: {causes['ok']} of {sum(causes.values())} proposals "
+                    f"were valid and new, {wanted} are needed ({reasons}); use --seeds FILE, a lower --batch or "
+                    "--seed-factor, --template chat for an instruct model, or a stronger model"
                 )
             kind, number = kinds[number % len(kinds)], number + 1
             if kind != "induction":

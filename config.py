@@ -38,7 +38,7 @@ class Config:
     )
     template: str = option("plain", "wrapper around the prompts: plain text, or the tokenizer's chat template", "plain",
                            ("plain", "chat"))  # fmt: skip
-    memory: int = option(0, "GB of GPU memory to plan for; 0: the card's own")
+    memory: int = option(0, "GB to plan for on the card (without GPU: of host memory); 0: what is there")
     # The batch
     steps: int = option(500, "training steps", "500")
     batch: int = option(64, "B, proposals and solve prompts per task type and step", "64")

@@ -130,13 +130,15 @@ def describe(config: Config) -> memory.Plan:
     expect. Returns the memory plan. Raises ValueError for a model that cannot be had or does not fit."""
     device, dtype = place(config)
     engine, hf_config = choose_engine(config.engine), rollout.load_config(config.model)
-    card = (config.memory * memory.GB or torch.cuda.mem_get_info()[1]) if device == "cuda" else None
+    given = config.memory * memory.GB
+    card = (given or torch.cuda.mem_get_info()[1]) if device == "cuda" else None
+    host = given if given and device == "cpu" else free_host_bytes()
     cells = len(config.kinds) * config.batch
     overrides = {"token_budget": config.token_budget or None}
     plan = memory.plan(
         hf_config,
         card_bytes=card,
-        free_host_bytes=free_host_bytes(),
+        free_host_bytes=host,
         max_len=config.max_prompt + config.max_response,
         sequences=cells * (config.rollouts + 1),
         engine=engine,
