@@ -28,8 +28,7 @@ import prompts
 from buffers import KINDS, Task, load_tasks, normalise, save_tasks, zero_task
 
 HERE = Path(__file__).resolve().parent
-SEEN_DEPTHS = (1, 2, 3)  # statements per program in the corpus
-HELD_OUT_DEPTHS = (1, 2, 3, 4, 5)
+HELD_OUT_DEPTHS = (1, 2, 3, 4, 5)  # statements per program; the corpus stops at 4 (STAGES)
 HELD_OUT_PER_DEPTH = 40
 N_INPUTS, VISIBLE = 4, 2  # pairs of an induction task
 BIGGEST, LONGEST = 15, 5  # |integer| and length of every value on the way, in the corpus
@@ -257,11 +256,11 @@ def respond(label: str, content: str, clauses: list[str]) -> str:
     return think + ANSWER.format(label=label) + content + END
 
 
-def solve_example(rng: random.Random, kind: str, reason: bool, split: str = "corpus", depth: int = 0, uniform=False):
+def solve_example(rng: random.Random, kind: str, reason: bool, deepest: int = 3) -> tuple[Task, str]:
     """(task, response) for one solver prompt; the response is right."""
-    depth = depth or rng.choice(SEEN_DEPTHS)
+    depth = rng.choice(range(1, deepest + 1))
     while True:
-        item = problem(rng, split, depth, N_INPUTS if kind == "induction" else 1, uniform)
+        item = problem(rng, "corpus", depth, N_INPUTS if kind == "induction" else 1, uniform=False)
         task = as_task(rng, kind, item)
         if kind == "abduction":
             values = undo(item.steps, item.outputs[0])
@@ -279,7 +278,7 @@ def solve_example(rng: random.Random, kind: str, reason: bool, split: str = "cor
 
 def propose_example(rng: random.Random, kind: str) -> tuple[list[str], str]:
     """(prompt turns, response) for one proposer prompt: a program of the corpus split and inputs that run."""
-    depth = rng.choices(SEEN_DEPTHS, (3, 4, 3))[0]
+    depth = rng.choices((1, 2, 3), (3, 4, 3))[0]
     if kind == "induction":
         item = problem(rng, "corpus", depth, N_INPUTS + 1)
         if rng.random() < 0.03:  # the identity, which is what self-play starts from
@@ -293,7 +292,7 @@ def propose_example(rng: random.Random, kind: str) -> tuple[list[str], str]:
     item = problem(rng, "corpus", depth)
     references = []
     for _ in range(rng.choice((1, 2, 2, 2))):
-        other = problem(rng, "corpus", rng.choices(SEEN_DEPTHS, (3, 4, 3))[0])
+        other = problem(rng, "corpus", rng.choices((1, 2, 3), (3, 4, 3))[0])
         references.append(zero_task(kind) if rng.random() < 0.1 else as_task(rng, kind, other))
     body = f"{item.program}\n```\n```input\n{item.values[0]!r}"
     return prompts.propose_prompt(kind, references), respond("python", body, [])
@@ -305,14 +304,15 @@ CELLS = (("propose", "abduction", 0.5), ("propose", "deduction", 0.5), ("propose
 )
 
 
-def corpus(rng: random.Random, reason: float, forbidden: set) -> Iterator[tuple]:
-    """Endless (prompt, response) pairs, prompts without the wrapper; none of the prompts is in `forbidden`."""
+def corpus(rng: random.Random, reason: float, deepest: int, forbidden: set) -> Iterator[tuple]:
+    """Endless (prompt turns, response) pairs; a share `reason` of the solver's responses reasons first, its programs
+    have up to `deepest` statements, and none of the prompts is in `forbidden`."""
     while True:
         role, kind, _ = rng.choices(CELLS, [share for *_, share in CELLS])[0]
         if role == "propose":
             yield propose_example(rng, kind)
             continue
-        task, response = solve_example(rng, kind, rng.random() < reason)
+        task, response = solve_example(rng, kind, rng.random() < reason, deepest)
         prompt = prompts.solve_prompt(task)
         if prompt[-1] not in forbidden:
             yield prompt, response
@@ -332,7 +332,7 @@ def held_out(split: str, seed: int) -> list[Task]:
                     task.id = f"{split}-{kind}-{depth}-{count}"
                     tasks.append(task)
                     count += 1
-    return tasks
+    return sorted(tasks, key=lambda task: int(task.id.rpartition("-")[2]))  # so that a prefix of the file is balanced
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,8 +378,9 @@ MODEL = {
     "intermediate_size": 512, "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
 TOKENS_PER_BATCH = 4096
-# (steps, peak learning rate, share of solver responses that reason)
-STAGES = ((1100, 5e-3, 0.9), (120, 1.5e-3, 0.1))
+# (steps, peak learning rate, share of solver responses that reason, statements of the deepest program). The last stage
+# makes the habit of the base model: it mostly answers at once, although it can do better.
+STAGES = ((1100, 5e-3, 0.9, 3), (500, 3e-3, 0.9, 4), (60, 1e-3, 0.08, 4))
 
 
 def batches(examples: Iterator[tuple], tokenizer, steps: int, rng: random.Random) -> Iterator[tuple]:
@@ -447,7 +448,7 @@ def check(tokenizer, tasks: list[Task], forbidden: set, samples: int = 3000) -> 
         assert len(tokenizer.encode(text)) == 1, f"not one token: {text[:60]!r}; the prompts changed, make it again"
     programs = {normalise(task.program) for task in tasks}
     rng = random.Random(-1)
-    for prompt, response in (pair for pair, _ in zip(corpus(rng, 0.5, forbidden), range(samples), strict=False)):
+    for prompt, response in (pair for pair, _ in zip(corpus(rng, 0.5, 4, forbidden), range(samples), strict=False)):
         text = prompts.wrap(prompt, tokenizer) + response
         assert tokenizer.decode(tokenizer.encode(text)) == text, text
         assert prompts.split_response(response).formatted, response
@@ -480,10 +481,12 @@ def make(seed: int) -> None:
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, **MODEL,
     )  # fmt: skip
-    model, rng = LlamaForCausalLM(config), random.Random(seed)
+    model = LlamaForCausalLM(config)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    for steps, peak, reason in STAGES:
-        train(model, batches(corpus(rng, reason, forbidden), tokenizer, steps, rng), steps, peak, log)
+    for number, (steps, peak, reason, deepest) in enumerate(STAGES):
+        rng = random.Random(seed + 7 * number)
+        examples = corpus(rng, reason, deepest, forbidden)
+        train(model, batches(examples, tokenizer, steps, rng), steps, peak, log)
     model.to(torch.float16).save_pretrained(HERE / "model")
     tokenizer.save_pretrained(HERE / "model")
     size = sum(path.stat().st_size for path in (HERE / "model").iterdir())
