@@ -35,7 +35,6 @@ Usage:
 """
 
 import argparse
-import json
 import marshal
 import os
 import selectors
@@ -70,8 +69,9 @@ __all__ += ["same_value", "ALLOWED_MODULES"]
 
 ALLOWED_MODULES = sorted(
     words(
-        "__future__ abc array bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions "
-        "functools heapq itertools json math numbers operator re statistics string textwrap typing unicodedata"
+        "__future__ abc array bisect cmath collections collections.abc copy dataclasses datetime decimal enum "
+        "fractions functools heapq itertools json math numbers operator re statistics string textwrap typing "
+        "unicodedata"
     )
 )
 
@@ -277,6 +277,7 @@ class Batch:
         self.memory = executor.memory if checked else executor.memory * 5 // 4
         self.results: list[list] = [[None] * len(inputs) for _, inputs in jobs]
         self.left = [len(inputs) for _, inputs in jobs]
+        self.deaths = 0  # of lanes, in a row
         self.queues: dict[int, deque[Unit]] = {seed: deque() for seed in self.seeds}
         limits = [cpu_s] * len(jobs) if isinstance(cpu_s, (int, float)) else list(cpu_s)
         self.progress(self.left.count(0))
@@ -353,6 +354,7 @@ class Batch:
         """Move bytes; handle what came back; start a lane again that died."""
         alive = lane.transfer()
         while lane.busy and (message := lane.message()) is not None:
+            self.deaths = 0
             self.receive(lane.busy.popleft(), message)
             lane.expect()
         if alive:
@@ -361,6 +363,9 @@ class Batch:
         units, status = list(lane.busy), lane.close()
         lane.busy.clear()
         self.executor.restarts += 1
+        self.deaths += status != -signal.SIGPROF
+        if self.deaths > 3 * len(self.executor.lanes):  # a defect or a broken machine must not pass for wrong programs
+            raise RuntimeError("the executor's servers keep dying: run `python executor.py --doctor`")
         if units and status != 0:  # 0: it retired because it had grown; otherwise the first unit may be the cause
             units[0].attempts += 1
             if status == -signal.SIGPROF:  # the source takes for ever to compile

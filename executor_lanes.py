@@ -1,10 +1,10 @@
 """The trusted end of a lane: starts one fork server (`executor_child.py`) by exec and moves bytes to and from it.
 
-A server is started with an otherwise empty environment, a fixed hash seed, no descriptor but its socket, in a session of
-its own, and before the trainer grows or touches a GPU; it is never forked from the trainer. It ends when its socket
-does, so nothing survives the trainer, however that ends. Nothing a server sends is trusted beyond its form.
+A server is started with a fixed hash seed in an otherwise empty environment, with no descriptor but its socket, in a
+session of its own, before the trainer grows or touches a GPU, and is never forked from the trainer. It ends when its
+socket does, so nothing survives the trainer, however that ends. Nothing a server sends is trusted beyond its form.
 
-What it deliberately leaves out: what the bytes mean (`executor.py`) and what happens to a program (`executor_child.py`).
+What it deliberately leaves out: what the bytes mean (`executor.py`), what happens to a program (`executor_child.py`).
 Paper: arXiv 2505.03335 has no counterpart.
 """
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 from executor_child import FRAME
@@ -90,21 +91,22 @@ class Lane:
         self.outbox += FRAME.pack(len(job)) + job
         self.busy.append(unit)
         self.expect()
+        self.flush()
 
     def expect(self) -> None:
         """Give the job in front a deadline, far beyond the server's own limits: for a server that hangs."""
         if self.busy:
             self.deadline = time.monotonic() + 60 + 40 * self.busy[0].cpu_s * len(self.busy[0].cells)
 
+    def flush(self) -> None:
+        """Send what the socket takes without blocking. That the server is gone will show when reading."""
+        with suppress(OSError):
+            while self.outbox:
+                del self.outbox[: self.socket.send(self.outbox)]
+
     def transfer(self) -> bool:
         """Move bytes both ways without blocking; False when the server is gone."""
-        try:
-            if self.outbox:
-                del self.outbox[: self.socket.send(self.outbox)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            return False
+        self.flush()
         try:
             piece = self.socket.recv(1 << 20)
         except BlockingIOError:
