@@ -410,8 +410,9 @@ def serve(channel: int, config: dict) -> None:
     warm_up(fresh, channel, config, layers)
     gc.collect()
     gc.freeze()
-    plugs = [bytes(size) for size in range(8, 473, 16) for _ in range(50)]  # fill the holes that imports left in memory:
-    # what a job allocates then lies together, and 50 pages fewer are written (so copied) for every fork
+    # Fill the holes that the imports left in memory: what a job allocates then lies together, and 50 pages fewer are
+    # written, so copied, for every fork.
+    plugs = [bytes(size) for size in range(8, 473, 16) for _ in range(50)]
     limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 4
     poller = select.poll()
     poller.register(channel, select.POLLIN)
