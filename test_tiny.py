@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tiny"))
 
 import make  # noqa: E402
+import programs  # noqa: E402
 
 import prompts  # noqa: E402
 from buffers import KINDS, load_tasks, normalise  # noqa: E402
@@ -35,10 +36,9 @@ def test_held_out_tasks_match_neither_corpus_nor_each_other(tmp_path):
 
 def test_the_check_notices_a_held_out_prompt_in_the_corpus():
     tokenizer = make.build_tokenizer()
-    task, _ = make.solve_example(random.Random(0), "deduction", False)
-    assert make.split_of(normalise(task.program)) == "corpus"
+    task = programs.as_task(random.Random(0), "deduction", programs.problem(random.Random(0), "corpus", 1))
     with pytest.raises(AssertionError, match="corpus program is held out"):
-        make.check(tokenizer, [task], set(), samples=50)
+        make.check(tokenizer, [task], set(), samples=500)
 
 
 def test_model_folder_is_small():
@@ -50,7 +50,7 @@ def test_outputs_are_canonical_and_inputs_are_literals(executor):
         for result, wanted in zip(executor.run([(task.program, task.inputs)])[0], task.outputs, strict=True):
             assert result.ok and result.output == wanted
         for text in task.inputs:
-            (value,) = parse_arguments(text)
+            (value,), _ = parse_arguments(text)
             assert canonical(value) == text
 
 
@@ -82,7 +82,7 @@ def test_gold_proposals_parse_and_run(executor, kind):
     for _ in range(10):
         prompt, response = make.propose_example(rng, kind)
         parts = prompts.split_response(response)
-        proposal, cause = prompts.parse_proposal(kind, parts.answer, make.N_INPUTS)
+        proposal, cause = prompts.parse_proposal(kind, parts.answer, programs.N_INPUTS)
         assert parts.formatted and proposal is not None, cause
         assert bool(proposal.message) == (kind == "induction")
         if kind != "induction":

@@ -40,6 +40,7 @@ COLOURS = {
     "frozen proposer": "#d9822b",
     "fixed seeds": "#5a9e4b",
 }
+CURVE = 150  # tasks of the curve during a run (the file is balanced in every prefix); the tables use all of them
 FORCED = "Step by step: "  # the first words of every reasoning in the corpus (tiny/make.py)
 MODES = {"greedy": ("", 0.0), "T=1": ("", 1.0), "forced": (FORCED, 0.0), "forced T=1": (FORCED, 1.0)}
 
@@ -185,7 +186,7 @@ def run_all(seeds: list[int], extra: list[str], tasks_file: Path, out: Path, lan
         folder = out / name
         if not (folder / "curve.svg").exists():
             command = [sys.executable, "azr.py", "--seed", str(seed), *CONDITIONS[condition], *budget, *extra]
-            command += ["--eval-suites", f"tasks:{tasks_file}", "--out", str(folder)]
+            command += ["--eval-suites", f"tasks:{tasks_file}:{CURVE}", "--out", str(folder)]
             call(command, out / "logs" / f"{name}.log")
         measured(folder / "checkpoint", name)
         print(f"done: {name}", flush=True)
