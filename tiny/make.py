@@ -5,7 +5,7 @@ about one million parameters on the responses, and writes the frozen held-out ta
 corpus never contains.
 What it leaves out: any text that is not made here. What the base model was given, and what not: `tiny/README.md`.
 
-    python tiny/make.py            # all of it, deterministic for a given torch version and thread count
+    python tiny/make.py            # all of it, the same for a given torch version, thread count and seed
     python tiny/make.py --check    # only verify: corpus against held-out tasks, traces, tokenizer round trip
 """
 
@@ -130,7 +130,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    pieces = prompts.fragments() + [
+    pieces = sorted(prompts.fragments()) + [
         "<think>\n",
         REASON,
         END,
