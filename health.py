@@ -217,6 +217,9 @@ def trend_alarms(history: Sequence[Mapping]) -> list[str]:
         left, remedy = WATCHED[name]
         means, error = windows(history, key)
         level = fallen_from(means, lambda level, left=left, error=error: max((1 - left) * level, NOISE * error))
+        accuracy, _ = windows(history, f"{role_kind}/accuracy")
+        if name == "entropy" and accuracy and accuracy[-1] > accuracy[0]:
+            continue  # a solver that grows sure of right answers learns; one that grows sure of wrong ones collapses
         if level is not None:
             rung.append(f"collapse alarm: {key} fell from {level:.2f} to {means[-1]:.2f}; {remedy}")
     keys = [f"propose/{kind}/solve_rate_mean" for kind in KINDS]
@@ -235,7 +238,8 @@ def trend_alarms(history: Sequence[Mapping]) -> list[str]:
 def evaluation_alarms(history: Sequence[Mapping]) -> list[str]:
     rung = []
     for key in history[-1]:
-        if not (key.startswith("eval/") and key.endswith("/accuracy")):
+        parts = key.split("/")  # depths are left to the tables: too few tasks each
+        if len(parts) != 4 or parts[0] != "eval" or parts[2] not in KINDS or parts[3] != "accuracy":
             continue
         values = [record[key] for record in history if record.get(key) is not None]
         tasks = history[-1].get(key.removesuffix("accuracy") + "n") or EVAL_TASKS

@@ -346,3 +346,13 @@ def test_comparison_table_of_two_records():
 
 def test_the_zero_tasks_have_a_shape():
     assert all(health.program_shape(zero_task(kind).program)[1] > 5 for kind in ("abduction", "deduction", "induction"))
+
+
+def test_a_solver_that_grows_sure_of_right_answers_rings_no_alarm():
+    """Entropy of a solve cell falls while its accuracy rises: that is learning; the same fall without it is not."""
+
+    def record(step: int, accuracy: float) -> dict:
+        return {"step": step, "solve/deduction/entropy": 0.4 * 0.93**step, "solve/deduction/accuracy": accuracy}
+
+    assert not any(alarms([record(n, 0.2 + 0.015 * n) for n in range(1, end)]) for end in range(2, 42))
+    assert any(alarms([record(n, 0.3 - 0.002 * n) for n in range(1, end)]) for end in range(2, 42))
