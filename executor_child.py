@@ -309,12 +309,14 @@ def watch(pid: int, reader: int, channel: int, lines: int, cpu_s: float, most: i
     """Collect what the child writes until it is done, too slow or too talkative; raise EOFError if the trainer is gone.
 
     `cpu_s` is for each line, by the child's own CPU clock, so that a busy machine turns no honest program into a
-    timeout. Wall time ends sleepers: 5 times the limit with hardly any CPU used, or 30 times in any case.
+    timeout. Sleepers are ended by the wall: after 5 s (or 5 times the limit) in which that clock stood still. A share
+    of the wall time would not do: on a busy machine a program may well wait for its first millisecond.
     """
     poller, out = select.poll(), bytearray()
     poller.register(reader, select.POLLIN)
     poller.register(channel, 0)  # only a hang-up is reported
-    since, spent, seen = time.monotonic(), 0.0, 0
+    since = moved = time.monotonic()
+    spent, clock, seen = 0.0, 0.0, 0  # CPU seconds at the last line and at the last move; lines so far
     while True:
         events = dict(poller.poll(20))
         if channel in events:
@@ -332,10 +334,12 @@ def watch(pid: int, reader: int, channel: int, lines: int, cpu_s: float, most: i
                 since, spent = time.monotonic(), cpu or spent
         if len(out) > most:
             return FLOOD, bytes(out[:most])
-        wall = time.monotonic() - since
+        now = time.monotonic()
+        if cpu is not None and cpu - clock > 0.001:
+            clock, moved = cpu, now
         if cpu is not None and cpu - spent > cpu_s:
             return CPU, bytes(out)
-        if wall > 5 * cpu_s and (cpu is None or cpu - spent < 0.02 * wall or wall > 30 * cpu_s):
+        if now - moved > max(5.0, 5 * cpu_s) or now - since > 10 + 100 * cpu_s:
             return WALL, bytes(out)
 
 
@@ -344,9 +348,7 @@ def run_job(job: tuple, fresh, channel: int, config: dict, layers: Layers) -> tu
     program, calls, repeats, cpu_s, _ = job
     started = time.monotonic()
     try:
-        signal.setitimer(
-            signal.ITIMER_PROF, 2.0
-        )  # some short sources compile for minutes (nested finally): end the lane
+        signal.setitimer(signal.ITIMER_PROF, 2.0)  # nested finally can take minutes to compile: end the lane then
         code = gate(program, frozenset(config["modules"]) if config["gate"] else None)
     except Refused as refusal:
         return GATE, 0, 0.0, time.monotonic() - started, f"{refusal.verdict}\t{refusal.error}".encode()

@@ -62,15 +62,30 @@ class Lane:
         self.busy, self.outbox, self.inbox, self.deadline = deque(), bytearray(), bytearray(), 0.0
         self.layers = {}
 
+    def ready(self) -> int:
+        """Make sure that a confined server is there; returns how many had to be started again for it."""
+        for attempt in range(3):
+            if self.process is None:
+                self.start()
+            try:
+                if not self.layers:
+                    self.hello()
+                return attempt
+            except EOFError:
+                self.close()
+        raise RuntimeError("the executor's server does not start: run `python executor.py --doctor`")
+
     def hello(self) -> None:
-        """Wait until the server is confined and read what holds there."""
+        """Wait until the server is confined and read what holds there. EOFError: it ended instead."""
         self.socket.settimeout(60)
         try:
             while (message := self.message()) is None:
                 piece = self.socket.recv(65536)
                 if not piece:
-                    raise RuntimeError("the executor's server did not start: run `python executor.py --doctor`")
+                    raise EOFError
                 self.inbox += piece
+        except ConnectionResetError:
+            raise EOFError from None
         except TimeoutError:
             raise RuntimeError("the executor's server did not start within 60 s: is the machine overloaded?") from None
         self.layers = json.loads(message)
@@ -96,7 +111,7 @@ class Lane:
     def expect(self) -> None:
         """Give the job in front a deadline, far beyond the server's own limits: for a server that hangs."""
         if self.busy:
-            self.deadline = time.monotonic() + 60 + 40 * self.busy[0].cpu_s * len(self.busy[0].cells)
+            self.deadline = time.monotonic() + 60 + 120 * self.busy[0].cpu_s * len(self.busy[0].cells)
 
     def flush(self) -> None:
         """Send what the socket takes without blocking. That the server is gone will show when reading."""
