@@ -105,6 +105,8 @@ class Batch:
         checked: bool = False,
         persistent: bool = True,
     ) -> None:
+        if not executor.close.alive:
+            raise RuntimeError("this executor is closed: make a new one")
         self.executor, self.progress, self.persistent = executor, progress or (lambda n: None), persistent
         self.seeds = executor.hash_seeds if checked else executor.hash_seeds[:1]
         self.repeats = executor.repeats if checked else 1

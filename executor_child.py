@@ -31,6 +31,7 @@ import sys
 import time
 import types
 from contextlib import suppress
+from functools import lru_cache
 
 from executor_layers import Layers, cpu_clock
 from executor_literals import Refused, serialise
@@ -68,6 +69,7 @@ HONEST = words(  # the dunder names that honest classes define or read; every ot
 DUNDERS = frozenset(f"__{name}__" for name in HONEST)
 
 
+@lru_cache(maxsize=32)  # a program often comes again with other inputs; refusals are not kept
 def gate(source: str, modules: frozenset[str] | None) -> types.CodeType:
     """Parse, filter and compile `source`. `modules`: the import allow-list; None switches the filter off.
 
@@ -349,7 +351,7 @@ def run_job(job: tuple, fresh, channel: int, config: dict, layers: Layers) -> tu
     started = time.monotonic()
     try:
         signal.setitimer(signal.ITIMER_PROF, 2.0)  # nested finally can take minutes to compile: end the lane then
-        code = gate(program, frozenset(config["modules"]) if config["gate"] else None)
+        code = gate(program, config["allowed"])
     except Refused as refusal:
         return GATE, 0, 0.0, time.monotonic() - started, f"{refusal.verdict}\t{refusal.error}".encode()
     finally:
@@ -378,7 +380,7 @@ def warm_up(fresh, channel: int, config: dict, layers: Layers) -> None:
     source = f"import math\nclass A:\n    pass\ndef {entry}(x):\n    return [x, str(x), {{x: (1.5, None)}}, {{x, 2}}]\n"
     job = (source, [marshal.dumps(((1,), {}))], 1, 1.0, 1 << 28)
     trusted = config | {"entry": entry}
-    code = gate(source, frozenset(config["modules"]))
+    code = gate(source, config["allowed"])
     for _ in range(100):
         for _ in claims(code, job[1][0], 1, fresh, trusted):
             pass
@@ -392,6 +394,7 @@ def serve(channel: int, config: dict) -> None:
     import warnings
 
     os.environ.clear()
+    config["allowed"] = frozenset(config["modules"]) if config["gate"] else None
     trainer, layers = os.getppid(), Layers(config["isolation"])
     os.register_at_fork, real = (lambda **hooks: None), os.register_at_fork  # `random` would re-seed in every child
     for name in [*config["modules"], "_strptime"]:

@@ -615,6 +615,8 @@ def test_isolation_minimal_still_judges_and_nonsense_is_refused():
         check_honest(executor)
         text, argument, verdict = FAILING["acceptance: infinite loop"]
         assert executor.run([(text, [argument])])[0][0].verdict == verdict
+    with pytest.raises(RuntimeError, match="closed"):
+        executor.run([(body("x"), ["1"])])
     with pytest.raises(ValueError, match="isolation must be"):
         Executor(isolation="maximal")
 
@@ -729,7 +731,7 @@ def test_a_thousand_mixed_jobs_leave_nothing_behind():
         kinds = [[{"memory": "timeout"}.get(r.verdict, r.verdict) for [r] in batch] for batch in (first, second)]
         assert kinds[0] == kinds[1]
         assert [lane.process.pid for lane in executor.lanes] == servers and executor.restarts == 0
-        assert descendants(os.getpid()) == servers  # no child is left
+        assert not any(descendants(server) for server in servers)  # no child is left
         assert len(os.listdir("/proc/self/fd")) == descriptors
         assert not {f for f in set(os.listdir(tempfile.gettempdir())) - files if f.startswith("azr_executor")}
         assert all(rss_kb(pid) < size + 4096 for pid, size in zip(servers, sizes, strict=True))
@@ -770,7 +772,9 @@ def test_as_an_ordinary_user():
     python = other_python(61_999)
     if python is None:
         pytest.skip("no Python 3.11 that another user may start")
-    tables = {"honest": HONEST, "failing": FAILING, "attacks": ATTACKS}
+    failing = {name: row for name, row in FAILING.items() if "timeout" not in row[2]}  # these take their time
+    failing |= {name: FAILING[name] for name in ("acceptance: infinite loop", "memory, slowly")}
+    tables = {"honest": HONEST, "failing": failing, "attacks": ATTACKS}
     script = program(
         "import json, sys",
         "from executor import Executor",
