@@ -231,6 +231,19 @@ def gain_interval(before: list[dict], after: list[list[dict]], kind: str = "") -
     return interval(statistic, 500)
 
 
+def advantage(ours: list[list[dict]], other: list[list[dict]]) -> dict:
+    """Mean difference of two conditions, paired by seed and held-out task, with its bootstrap interval."""
+
+    def statistic(rng: random.Random) -> float:
+        tasks = rng.choices(range(len(ours[0])), k=len(ours[0]))
+        pairs = rng.choices(list(zip(ours, other, strict=True)), k=len(ours))
+        return mean(mean(a[i]["correct"] - b[i]["correct"] for i in tasks) for a, b in pairs)
+
+    each = [score(a) - score(b) for a, b in zip(ours, other, strict=True)]
+    low, high = interval(statistic, 500)
+    return {"mean": mean(each), "low": low, "high": high, "per_seed": each}
+
+
 def spread(values: list[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
@@ -239,6 +252,7 @@ def analyse(out: Path, seeds: list[int]) -> dict:
     base = read_rows(out / "rows" / "base.jsonl")
     result: dict = {"seeds": seeds, "n": len(base["greedy"]), "base": {}, "conditions": {}}
     result["base"] = {mode: summary([base[mode]]) for mode in MODES}
+    ours = [read_rows(out / "rows" / f"self-play-{seed}.jsonl") for seed in seeds]
     for condition in CONDITIONS:
         runs = [read_rows(out / "rows" / f"{condition.replace(' ', '-')}-{seed}.jsonl") for seed in seeds]
         entry: dict = {mode: summary([run[mode] for run in runs]) for mode in MODES}
@@ -250,6 +264,7 @@ def analyse(out: Path, seeds: list[int]) -> dict:
                 entry[mode][f"gain {kind or 'all'}"] = {
                     "mean": mean(gains), "sd": spread(gains), "low": low, "high": high, "per_seed": gains
                 }  # fmt: skip
+            entry[mode]["self-play minus this"] = advantage([run[mode] for run in ours], [run[mode] for run in runs])
         entry["curve"] = [curve(out / f"{condition.replace(' ', '-')}-{seed}" / "metrics.jsonl") for seed in seeds]
         entry["proposer"] = [proposer(out / f"{condition.replace(' ', '-')}-{seed}" / "tasks.jsonl") for seed in seeds]
         result["conditions"][condition] = entry
@@ -333,7 +348,14 @@ def markdown(result: dict) -> str:
             found = [entry[mode][f"gain {kind}"] for kind in KINDS]
             cells = [f"{100 * g['mean']:+.1f} [{100 * g['low']:+.1f}, {100 * g['high']:+.1f}]" for g in found]
             lines.append(f"| {condition} | {mode} | {' | '.join(cells)} |")
-    lines += ["", "Accuracy by depth (statements); the base model's corpus has depths 1 to 3 only:", ""]
+    lines += ["", "Self-play minus the other conditions, paired by seed and task:", ""]
+    lines += ["| condition | mode | difference | per seed |", "|---|---|---|---|"]
+    for condition in list(CONDITIONS)[1:]:
+        for mode in ("greedy", "T=1", "forced"):
+            gap = result["conditions"][condition][mode]["self-play minus this"]
+            text = f"{100 * gap['mean']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
+            lines.append(f"| {condition} | {mode} | {text} | {' '.join(f'{100 * v:+.1f}' for v in gap['per_seed'])} |")
+    lines += ["", "Accuracy by depth (statements); programs of the base model's corpus have up to 4:", ""]
     depths = list(result["base"]["greedy"]["depth"])
     lines += ["| condition | mode | " + " | ".join(depths) + " | true steps | correct when reasoning |"]
     lines += ["|---|---|" + "---|" * (len(depths) + 2)]
