@@ -28,10 +28,10 @@ from prompts import parse_answer, solve_prompt, split_response, wrap
 
 @dataclass(frozen=True)
 class Item:
-    """One question: `text` is what the model is asked, `gold` whatever its judge needs."""
+    """One question: `gold` is whatever its judge needs."""
 
     id: str
-    text: str
+    text: str | list[str]  # a list: the turns of a dialogue
     gold: object
 
 
@@ -94,7 +94,7 @@ def evalplus_prompt(text: str, tokenizer, template: str) -> str:
     return tokenizer.apply_chat_template(turns, tokenize=False).split(CUT)[0]
 
 
-def think_prompt(text: str, tokenizer, template: str) -> str:
+def think_prompt(text: str | list[str], tokenizer, template: str) -> str:
     return wrap(text, tokenizer, template)
 
 
