@@ -183,7 +183,7 @@ def import_vllm():
         raise RuntimeError(f"vLLM is not installed: {advice}")
     version, for_cpu = build
     if not _release(lower) <= _release(version) <= _release(upper):
-        raise RuntimeError(f"vLLM {version} is untested (tested are {lower} to {upper}): {advice}")
+        raise RuntimeError(f"vLLM {version} is untested (the calls used here exist in {lower} to {upper}): {advice}")
     if for_cpu == torch.cuda.is_available():
         kind, there = ("CPU", "has a GPU") if for_cpu else ("CUDA", "has no GPU")
         raise RuntimeError(f"vLLM {version} is a {kind} build and this machine {there}: {advice}")
