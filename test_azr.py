@@ -149,6 +149,21 @@ def test_other_function_name_becomes_f(executor):
 
 
 @pytest.mark.parametrize(
+    "text, expected",
+    [("f([1], 2)", "[1], 2"), (" [1], 2\n", "[1], 2"), ("f('a)(b')", "'a)(b'"), ("f()", ""), ("g(1)", "g(1)")],
+)
+def test_an_input_block_may_hold_the_whole_call(text, expected):
+    assert prompts.arguments(text) == expected
+
+
+def test_a_call_with_something_around_it_is_no_input(executor):
+    for text in ("f(1), f(2)", "f(1) or (2)", "f(1) + f(2)", "f(f(1))", "x = f(1)", "f(1)\nf(2)"):
+        answer = prompts.parse_answer("abduction", fence("input", text))
+        assert not executor.validate([("def f(*x):\n    return x", [answer])])[0][0].ok
+        assert not executor.verify_abduction([("def f(*x):\n    return 1", "1", answer)])[0].correct
+
+
+@pytest.mark.parametrize(
     "kind, answer, cause",
     [
         ("deduction", "", "no_answer"),
