@@ -51,11 +51,9 @@ ARGUMENTS = (
 )
 GOOD_TASK = "The best task is one that a good solver gets right in some attempts and wrong in others.\n"
 TASK_FORM = (
-    GOOD_TASK
-    + RULES
-    + "{references}\nDescribe your idea first. Then write the program in a `python` block and an input "
-    "for it in an `input` block, which " + ARGUMENTS
+    GOOD_TASK + RULES + "{references}\nDescribe your idea first. Then write the program in a `python` block and "
 )
+TASK_FORM += "an input for it in an `input` block, which " + ARGUMENTS
 NEXT_TASK = (
     "Invent another task in the same form, with a new idea: a program that runs without errors, and an input that fits "
     "its arguments.\n"
@@ -63,8 +61,7 @@ NEXT_TASK = (
 CALLS = "The call f({input}) works. Write {count} calls like it with other values, and a message.\n"
 NEXT = "The next program, in the same form:\n```python\n{program}\n```\n"
 
-# Every prompt is a dialogue: what is asked, a demonstration as the assistant's first answer, the case at hand. Small
-# models copy a demonstration, so each prompt has its own, and the important words stand at the end of the last turn.
+# Every prompt is a dialogue: what is asked, a demonstration as the assistant's first answer, the case at hand.
 PROPOSE = {
     "abduction": (
         "Invent a task about a Python program. Another person will see the program and its output, but not the input, "
@@ -100,9 +97,7 @@ PROPOSE = {
         "<think>\nf takes one argument, a list of numbers. It sorts the list and drops the smallest number. I call it "
         "with {count} lists.\n</think>\n<answer>\n{lists}"
         "```message\nSort the numbers and leave out the smallest.\n```\n</answer>",
-        (NEXT + CALLS)
-        .replace("{program}", "def f(text, n):\n    return text[:n] * 2")
-        .replace("{input}", "'hello', 2"),
+        NEXT.replace("{program}", "def f(text, n):\n    return text[:n] * 2") + CALLS.replace("{input}", "'hello', 2"),
         "<think>\nf takes two arguments, a text and a number. It repeats the start of the text. I call it with {count} "
         "texts and numbers.\n</think>\n<answer>\n{texts}"
         "```message\nWrite the beginning of the text twice; the number says how much of it.\n```\n</answer>",
@@ -158,8 +153,7 @@ def fragments() -> list[str]:
     templates += [turn for turns in (*PROPOSE.values(), *SOLVE.values()) for turn in turns]
     pieces = {literal for text in templates for literal, *_ in string.Formatter().parse(text) if literal}
     pieces |= {CALL.format(number=number, input=text) for some in (LISTS, TEXTS) for number, text in enumerate(some, 1)}
-    pieces |= {PAIRS}
-    return sorted(pieces, key=len, reverse=True)
+    return sorted(pieces | {PAIRS}, key=len, reverse=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
