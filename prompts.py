@@ -43,17 +43,12 @@ RULES = (
     "- Arguments and the returned value are plain Python literals (numbers, strings, booleans, lists, tuples, dicts, "
     "sets). A call takes at most one second and its result stays short.\n"
 )
-REFERENCE = "\nTask {number}:\n```python\n{program}\n```\n```input\n{input}\n```\nIt returns {output}\n"
+REFERENCE = "\nTask {number}:\n```python\n{program}\n```\n```input\nf({input})\n```\nIt returns {output}\n"
 REFERENCES = "\nThese tasks exist already. Yours must be clearly different from all of them.\n"
-ARGUMENTS = (
-    "holds only the arguments of `f`, as they would stand between the parentheses of the call: separated by commas, "
-    "strings in quotes.\n"
-)
+ONE_CALL = "holds one call of `f` with plain Python literals, strings in quotes.\n"
 GOOD_TASK = "The best task is one that a good solver gets right in some attempts and wrong in others.\n"
-TASK_FORM = (
-    GOOD_TASK + RULES + "{references}\nDescribe your idea first. Then write the program in a `python` block and "
-)
-TASK_FORM += "an input for it in an `input` block, which " + ARGUMENTS
+TASK_FORM = GOOD_TASK + RULES + "{references}\nDescribe your idea first. Then write the program in a `python` block "
+TASK_FORM += "and an input for it in an `input` block, which " + ONE_CALL
 NEXT_TASK = (
     "Invent another task in the same form, with a new idea: a program that runs without errors, and an input that fits "
     "its arguments.\n"
@@ -61,16 +56,23 @@ NEXT_TASK = (
 CALLS = "The call f({input}) works. Write {count} calls like it with other values, and a message.\n"
 NEXT = "The next program, in the same form:\n```python\n{program}\n```\n"
 
-# Every prompt is a dialogue: what is asked, a demonstration as the assistant's first answer, the case at hand.
+# Every prompt is a dialogue: what is asked, a demonstration as the assistant's first answer, the case at hand. To
+# propose there are two demonstrations with different arguments, and calls instead of bare arguments: inputs fit the
+# program more often.
 PROPOSE = {
     "abduction": (
         "Invent a task about a Python program. Another person will see the program and its output, but not the input, "
         "and must find an input that produces this output. Make it hard to reason backwards: let the program transform "
         "its input in several dependent steps, so that the input cannot simply be read off the output. " + TASK_FORM,
-        "<think>\nf takes a list of words and a number. It keeps the longer words, sorts them and joins their last "
-        "letters.\n</think>\n<answer>\n```python\ndef f(words, n):\n"
-        "    kept = sorted(w for w in words if len(w) > n)\n    return ''.join(w[-1] for w in kept)\n```\n"
-        "```input\n['plum', 'fig', 'apple'], 3\n```\n</answer>",
+        "<think>\nf takes two arguments, a list of words and a number. It keeps the longer words, sorts them and joins "
+        "their last letters. I call it with three words and a number.\n</think>\n<answer>\n```python\n"
+        "def f(words, n):\n    kept = sorted(w for w in words if len(w) > n)\n    return ''.join(w[-1] for w in kept)\n"
+        "```\n```input\nf(['plum', 'fig', 'apple'], 3)\n```\n</answer>",
+        NEXT_TASK,
+        "<think>\nf takes one argument, a text. It puts vowels in capitals at the front and all other letters at the "
+        "end. I call it with one text.\n</think>\n<answer>\n```python\ndef f(text):\n    result = ''\n"
+        "    for c in text:\n        result = c.upper() + result if c in 'aeiou' else result + c\n"
+        "    return result\n```\n```input\nf('garden')\n```\n</answer>",
         NEXT_TASK,
     ),
     "deduction": (
@@ -78,22 +80,28 @@ PROPOSE = {
         "exact output without running it. Make it hard to predict: let state change over several dependent steps "
         "(loops, conditions, recursion, data structures), so that the output cannot be guessed from the input. "
         + TASK_FORM,
-        "<think>\nf takes a list of numbers and a limit. It adds the numbers one by one, but it subtracts while the "
-        "total is above the limit.\n</think>\n<answer>\n```python\ndef f(numbers, limit):\n    total = 0\n"
-        "    for x in numbers:\n        total = total - x if total > limit else total + x\n    return total\n```\n"
-        "```input\n[5, 8, 2, 9], 10\n```\n</answer>",
+        "<think>\nf takes two arguments, a list of numbers and a limit. It adds the numbers one by one, but it "
+        "subtracts while the total is above the limit. I call it with four numbers and a limit.\n</think>\n<answer>\n"
+        "```python\ndef f(numbers, limit):\n    total = 0\n    for x in numbers:\n        total = total - x if total > "
+        "limit else total + x\n    return total\n```\n```input\nf([5, 8, 2, 9], 10)\n```\n</answer>",
+        NEXT_TASK,
+        "<think>\nf takes one argument, a number. It halves even numbers and adds 1 to odd numbers until 1 is left, "
+        "and it collects what comes up. I call it with one number.\n</think>\n<answer>\n```python\ndef f(n):\n"
+        "    steps = []\n    while n > 1:\n        n = n // 2 if n % 2 == 0 else n + 1\n        steps.append(n)\n"
+        "    return steps\n```\n```input\nf(12)\n```\n</answer>",
         NEXT_TASK,
     ),
-    # Two demonstrations with different arguments, and calls instead of bare arguments: inputs fit the program more
-    # often. They show two calls more than the parser needs, because small models stop early or repeat themselves.
+    # Two calls more than the parser needs, because small models stop early or repeat themselves.
     "induction": (
         "Write {count} test inputs for a Python program `f` and one message. Another person will see the message and "
         "some of the inputs with their outputs, but never the program, and must write a program that also gives the "
         "right outputs for the other inputs. Choose inputs that differ from each other and together show everything "
         "the program does. The message describes the task or gives a hint; it does not contain the code. "
         + GOOD_TASK
-        + "Each input block holds one call of `f` with plain Python literals, strings in quotes.\n"
-        "```python\ndef f(numbers):\n    return sorted(numbers)[1:]\n```\n" + CALLS.replace("{input}", "[3, 1, 2]"),
+        + "Each input block "
+        + ONE_CALL
+        + "```python\ndef f(numbers):\n    return sorted(numbers)[1:]\n```\n"
+        + CALLS.replace("{input}", "[3, 1, 2]"),
         "<think>\nf takes one argument, a list of numbers. It sorts the list and drops the smallest number. I call it "
         "with {count} lists.\n</think>\n<answer>\n{lists}"
         "```message\nSort the numbers and leave out the smallest.\n```\n</answer>",
@@ -113,9 +121,9 @@ TEXTS += ("'The end', 6", "'tiny', 7", "'One two', 4", "'no', 1")
 SOLVE = {
     "abduction": (
         "Find an input for which a Python program returns the given output. Any input that gives exactly this output "
-        "counts. Reason step by step, then answer with one fenced `input` block. It "
-        + ARGUMENTS
-        + "```python\ndef f(word):\n    return word.upper() + '!'\n```\n```output\n'HELLO!'\n```\n",
+        "counts. Reason step by step, then answer with one fenced `input` block. It holds only the arguments of `f`, "
+        "as they would stand between the parentheses of the call: separated by commas, strings in quotes.\n"
+        "```python\ndef f(word):\n    return word.upper() + '!'\n```\n```output\n'HELLO!'\n```\n",
         "<think>\nf takes one argument, word. It writes word in capitals and adds '!'. Without the '!' the output is "
         "'HELLO', so word can be 'hello'. Check: f('hello') returns 'HELLO!'.\n</think>\n"
         "<answer>\n```input\n'hello'\n```\n</answer>",
@@ -124,10 +132,9 @@ SOLVE = {
     "deduction": (
         "Predict what a Python program returns for the given input. Reason step by step, then answer with one fenced "
         "`output` block. It holds only the returned value as a Python literal, strings in quotes.\n"
-        "```python\ndef f(text):\n    parts = text.split()\n    return len(parts), parts[-1]\n```\n"
-        "```input\n'we like tea'\n```\n",
-        "<think>\ntext is 'we like tea'. parts is ['we', 'like', 'tea']. len(parts) is 3 and parts[-1] is 'tea'. "
-        "So f returns (3, 'tea').\n</think>\n<answer>\n```output\n(3, 'tea')\n```\n</answer>",
+        "```python\ndef f(word):\n    return word[1:] + word[0]\n```\n```input\n'apple'\n```\n",
+        "<think>\nword is 'apple'. word[1:] is 'pple' and word[0] is 'a'. So f returns 'pplea'.\n</think>\n"
+        "<answer>\n```output\n'pplea'\n```\n</answer>",
         NEXT + "```input\n{input}\n```\n",
     ),
     "induction": (
@@ -161,8 +168,8 @@ def fragments() -> list[str]:
 
 
 def propose_prompt(kind: str, references: Sequence[Task], n_inputs: int = 10) -> list[str]:
-    """The turns of the proposer's dialogue (paper section 3.2, "Proposing Tasks"): user, a demonstration by the
-    assistant, the user again.
+    """The turns of the proposer's dialogue (paper section 3.2, "Proposing Tasks"): user, assistant (a
+    demonstration), user, assistant (another one), user.
 
     `references`: up to K earlier tasks to differ from; for induction exactly one task, whose program is to be
     described. `n_inputs`: N of the paper. Raises ValueError for an induction prompt without a program.

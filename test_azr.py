@@ -84,9 +84,11 @@ def test_answers_parse_back():
 def test_every_prompt_shows_its_own_format():
     """The example reply inside each prompt is parsed by the parser of that prompt: they cannot drift apart."""
     for kind in KINDS:
-        prompt = "".join(prompts.propose_prompt(kind, [zero_task("deduction")], 6))
-        shown = prompts.split_response(prompt[prompt.rindex("<think>") :], prefilled=False)
-        assert shown.formatted and prompts.parse_proposal(kind, shown.answer, 6)[0]
+        for demonstration in prompts.propose_prompt(kind, [zero_task("deduction")], 6)[1::2]:
+            shown = prompts.split_response(demonstration, prefilled=False)
+            assert shown.formatted
+            proposal, _ = prompts.parse_proposal(kind, shown.answer, 6)
+            assert proposal and not any(text.startswith("f(") for text in proposal.inputs)
         prompt = "".join(prompts.solve_prompt(zero_task(kind)))
         shown = prompts.split_response(prompt[prompt.rindex("<think>") :], prefilled=False)
         assert shown.formatted and prompts.parse_answer(kind, shown.answer)
