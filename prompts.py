@@ -43,83 +43,99 @@ RULES = (
     "- Arguments and the returned value are plain Python literals (numbers, strings, booleans, lists, tuples, dicts, "
     "sets). A call takes at most one second and its result stays short.\n"
 )
-REFERENCE = "\nTask {number}:\n```python\n{program}\n```\n```input\n{input}\n```\nIt returns {output}\n"
+REFERENCE = "\nTask {number}:\n```python\n{program}\n```\n```input\nf({input})\n```\nIt returns {output}\n"
 REFERENCES = "\nThese tasks exist already. Yours must be clearly different from all of them.\n"
-PROPOSE_FORMAT = (
-    "\nReply in exactly this form, with your own plan, program and input. The input block holds only the arguments of "
-    "`f`, as they would stand between the parentheses of the call: separated by commas, strings in quotes.\n"
-    "\n<think>\nI will walk the list backwards and keep a running total that depends on k.\n</think>\n<answer>\n"
-    "```python\ndef f(items, k):\n    total, seen = 0, []\n    for x in reversed(items):\n"
-    "        total = total * k + x\n        seen.append(total)\n    return seen\n```\n"
-    "```input\n[3, 1, 2], 2\n```\n</answer>\n"
-)
+ONE_CALL = "holds one call of `f` with plain Python literals, strings in quotes.\n"
 GOOD_TASK = "The best task is one that a good solver gets right in some attempts and wrong in others.\n"
+TASK_FORM = GOOD_TASK + RULES + "{references}\nDescribe your idea first. Then write the program in a `python` block "
+TASK_FORM += "and an input for it in an `input` block, which " + ONE_CALL
+NEXT_TASK = (
+    "Invent another task in the same form, with a new idea: a program that runs without errors, and an input that fits "
+    "its arguments.\n"
+)
+CALLS = "The call f({input}) works. Write {count} calls like it with other values, and a message.\n"
+NEXT = "The next program, in the same form:\n```python\n{program}\n```\n"
 
+# Every prompt is a dialogue: what is asked, a demonstration as the assistant's first answer, the case at hand. To
+# propose there are two demonstrations with different arguments, and calls instead of bare arguments: inputs fit the
+# program more often.
 PROPOSE = {
     "abduction": (
-        "Invent a new task about a Python program. Another person will see the program and its output, but not the "
-        "input, and must find an input that produces this output. Make it hard to reason backwards: let the program "
-        "transform its input in several dependent steps, so that the input cannot simply be read off the output. "
-        + GOOD_TASK
-        + RULES
-        + "{references}"
-        + PROPOSE_FORMAT,
+        "Invent a task about a Python program. Another person will see the program and its output, but not the input, "
+        "and must find an input that produces this output. Make it hard to reason backwards: let the program transform "
+        "its input in several dependent steps, so that the input cannot simply be read off the output. " + TASK_FORM,
+        "<think>\nf takes two arguments, a list of words and a number. It keeps the longer words, sorts them and joins "
+        "their last letters. I call it with three words and a number.\n</think>\n<answer>\n```python\n"
+        "def f(words, n):\n    kept = sorted(w for w in words if len(w) > n)\n    return ''.join(w[-1] for w in kept)\n"
+        "```\n```input\nf(['plum', 'fig', 'apple'], 3)\n```\n</answer>",
+        NEXT_TASK,
+        "<think>\nf takes one argument, a text. It puts vowels in capitals at the front and all other letters at the "
+        "end. I call it with one text.\n</think>\n<answer>\n```python\ndef f(text):\n    result = ''\n"
+        "    for c in text:\n        result = c.upper() + result if c in 'aeiou' else result + c\n"
+        "    return result\n```\n```input\nf('garden')\n```\n</answer>",
+        NEXT_TASK,
     ),
     "deduction": (
-        "Invent a new task about a Python program. Another person will see the program and an input, and must predict "
-        "the exact output without running it. Make it hard to predict: let state change over several dependent steps "
+        "Invent a task about a Python program. Another person will see the program and an input, and must predict the "
+        "exact output without running it. Make it hard to predict: let state change over several dependent steps "
         "(loops, conditions, recursion, data structures), so that the output cannot be guessed from the input. "
-        + GOOD_TASK
-        + RULES
-        + "{references}"
-        + PROPOSE_FORMAT,
+        + TASK_FORM,
+        "<think>\nf takes two arguments, a list of numbers and a limit. It adds the numbers one by one, but it "
+        "subtracts while the total is above the limit. I call it with four numbers and a limit.\n</think>\n<answer>\n"
+        "```python\ndef f(numbers, limit):\n    total = 0\n    for x in numbers:\n        total = total - x if total > "
+        "limit else total + x\n    return total\n```\n```input\nf([5, 8, 2, 9], 10)\n```\n</answer>",
+        NEXT_TASK,
+        "<think>\nf takes one argument, a number. It halves even numbers and adds 1 to odd numbers until 1 is left, "
+        "and it collects what comes up. I call it with one number.\n</think>\n<answer>\n```python\ndef f(n):\n"
+        "    steps = []\n    while n > 1:\n        n = n // 2 if n % 2 == 0 else n + 1\n        steps.append(n)\n"
+        "    return steps\n```\n```input\nf(12)\n```\n</answer>",
+        NEXT_TASK,
     ),
-    # Turns of a dialogue: the rules with a demonstration program, the demonstration, the real program. It shows two
-    # inputs more than are asked for, because small models stop early.
+    # Two calls more than the parser needs, because small models stop early or repeat themselves.
     "induction": (
-        "Write at least {count} test inputs for a Python program `f` and one message. Another person will see the "
-        "message and some of the inputs with their outputs, but never the program, and must write a program that also "
-        "gives the right outputs for the other inputs. Choose inputs that differ from each other and together show "
-        "everything the program does. The message describes the task or gives a hint; it does not contain the code. "
+        "Write {count} test inputs for a Python program `f` and one message. Another person will see the message and "
+        "some of the inputs with their outputs, but never the program, and must write a program that also gives the "
+        "right outputs for the other inputs. Choose inputs that differ from each other and together show everything "
+        "the program does. The message describes the task or gives a hint; it does not contain the code. "
         + GOOD_TASK
-        + "An input block holds only the arguments of `f`, as they would stand between the parentheses of the call: "
-        "separated by commas, strings in quotes.\n```python\ndef f(text, n):\n    return text[:n] * 2\n```\n"
-        "The call f('hello', 2) works.\n",
-        "<think>\nIt repeats the start of a text. I vary the text and the number.\n</think>\n<answer>\n{blocks}"
+        + "Each input block "
+        + ONE_CALL
+        + "```python\ndef f(numbers):\n    return sorted(numbers)[1:]\n```\n"
+        + CALLS.replace("{input}", "[3, 1, 2]"),
+        "<think>\nf takes one argument, a list of numbers. It sorts the list and drops the smallest number. I call it "
+        "with {count} lists.\n</think>\n<answer>\n{lists}"
+        "```message\nSort the numbers and leave out the smallest.\n```\n</answer>",
+        NEXT.replace("{program}", "def f(text, n):\n    return text[:n] * 2") + CALLS.replace("{input}", "'hello', 2"),
+        "<think>\nf takes two arguments, a text and a number. It repeats the start of the text. I call it with {count} "
+        "texts and numbers.\n</think>\n<answer>\n{texts}"
         "```message\nWrite the beginning of the text twice; the number says how much of it.\n```\n</answer>",
-        "The next program, in the same form: at least {count} different inputs that fit its arguments, then a message "
-        "about it.\n```python\n{program}\n```\nThe call f({input}) works.\n",
+        NEXT + CALLS,
     ),
 }
-INPUT = "```input {number}\n{input}\n```\n"
-SAMPLE_INPUTS = ("'hello', 2", "'', 3", "'ab cd', 4", "'x', 5", "'Banana', 3", "'12345', 1", "'a-b', 3", "'zz', 2")
-SAMPLE_INPUTS += ("'The end', 6", "'tiny', 7", "'One two', 4", "'no', 1")
+CALL = "```input {number}\nf({input})\n```\n"
+LISTS = ("[3, 1, 2]", "[]", "[7]", "[4, 4, 1]", "[-2, 5, 0, 9]", "[10, 20]", "[8, 6]", "[0, 0]", "[1, 2, 3, 4]")
+LISTS += ("[-5, -6]", "[30, 10, 20]", "[2.5, 1]")
+TEXTS = ("'hello', 2", "'', 3", "'ab cd', 4", "'x', 5", "'Banana', 3", "'12345', 1", "'a-b', 3", "'zz', 2")
+TEXTS += ("'The end', 6", "'tiny', 7", "'One two', 4", "'no', 1")
 
-# The solver sees a worked demonstration as an earlier turn. It is the same for every task of a type, so the engine
-# caches it once.
-DEMONSTRATION = (
-    "def f(items, k):\n    total, seen = 0, []\n    for x in reversed(items):\n        total = total * k + x\n"
-    "        seen.append(total)\n    return seen"
-)
 SOLVE = {
     "abduction": (
         "Find an input for which a Python program returns the given output. Any input that gives exactly this output "
         "counts. Reason step by step, then answer with one fenced `input` block. It holds only the arguments of `f`, "
         "as they would stand between the parentheses of the call: separated by commas, strings in quotes.\n"
-        "```python\n" + DEMONSTRATION + "\n```\n```output\n[2, 5, 13]\n```\n",
-        "<think>\nI take k = 2 and undo the steps. The first total is 2, so the last item is 2. 5 = 2 * 2 + x gives "
-        "x = 1. 13 = 5 * 2 + x gives x = 3. The items are read from the back, so they are [3, 1, 2].\n</think>\n"
-        "<answer>\n```input\n[3, 1, 2], 2\n```\n</answer>",
-        "The next program, in the same form:\n```python\n{program}\n```\n```output\n{output}\n```\n",
+        "```python\ndef f(word):\n    return word.upper() + '!'\n```\n```output\n'HELLO!'\n```\n",
+        "<think>\nf takes one argument, word. It writes word in capitals and adds '!'. Without the '!' the output is "
+        "'HELLO', so word can be 'hello'. Check: f('hello') returns 'HELLO!'.\n</think>\n"
+        "<answer>\n```input\n'hello'\n```\n</answer>",
+        NEXT + "```output\n{output}\n```\n",
     ),
     "deduction": (
         "Predict what a Python program returns for the given input. Reason step by step, then answer with one fenced "
         "`output` block. It holds only the returned value as a Python literal, strings in quotes.\n"
-        "```python\n" + DEMONSTRATION + "\n```\n```input\n[3, 1, 2], 2\n```\n",
-        "<think>\nThe items in reverse are 2, 1, 3 and k is 2. total = 0 * 2 + 2 = 2. total = 2 * 2 + 1 = 5. "
-        "total = 5 * 2 + 3 = 13. seen holds all of them.\n</think>\n"
-        "<answer>\n```output\n[2, 5, 13]\n```\n</answer>",
-        "The next program, in the same form:\n```python\n{program}\n```\n```input\n{input}\n```\n",
+        "```python\ndef f(word):\n    return word[1:] + word[0]\n```\n```input\n'apple'\n```\n",
+        "<think>\nword is 'apple'. word[1:] is 'pple' and word[0] is 'a'. So f returns 'pplea'.\n</think>\n"
+        "<answer>\n```output\n'pplea'\n```\n</answer>",
+        NEXT + "```input\n{input}\n```\n",
     ),
     "induction": (
         "Write a Python program that turns each input into its output. It is tested on further inputs that are not "
@@ -140,12 +156,11 @@ PAIRS = PAIR.format(input="'hello', 2", output="'hehe'") + PAIR.format(input="'x
 
 def fragments() -> list[str]:
     """Every fixed stretch of text in the prompts above, longest first: a tokenizer can make each a single token."""
-    templates = [PREAMBLE, USER, ASSISTANT, REFERENCE, REFERENCES, INPUT, PAIR]
+    templates = [PREAMBLE, USER, ASSISTANT, REFERENCE, REFERENCES, CALL, PAIR]
     templates += [turn for turns in (*PROPOSE.values(), *SOLVE.values()) for turn in turns]
     pieces = {literal for text in templates for literal, *_ in string.Formatter().parse(text) if literal}
-    pieces |= {INPUT.format(number=number, input=sample) for number, sample in enumerate(SAMPLE_INPUTS, 1)}
-    pieces |= {PAIRS}
-    return sorted(pieces, key=len, reverse=True)
+    pieces |= {CALL.format(number=number, input=text) for some in (LISTS, TEXTS) for number, text in enumerate(some, 1)}
+    return sorted(pieces | {PAIRS}, key=len, reverse=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,8 +168,8 @@ def fragments() -> list[str]:
 
 
 def propose_prompt(kind: str, references: Sequence[Task], n_inputs: int = 10) -> list[str]:
-    """The turns of the proposer's dialogue (paper section 3.2, "Proposing Tasks"): user, and for induction a
-    demonstration by the assistant and the user again.
+    """The turns of the proposer's dialogue (paper section 3.2, "Proposing Tasks"): user, assistant (a
+    demonstration), user, assistant (another one), user.
 
     `references`: up to K earlier tasks to differ from; for induction exactly one task, whose program is to be
     described. `n_inputs`: N of the paper. Raises ValueError for an induction prompt without a program.
@@ -162,10 +177,10 @@ def propose_prompt(kind: str, references: Sequence[Task], n_inputs: int = 10) ->
     if kind == "induction":
         if not references:
             raise ValueError("an induction proposal needs one task whose program it describes")
-        samples = SAMPLE_INPUTS[: n_inputs + 2]
-        blocks = "".join(INPUT.format(number=n, input=sample) for n, sample in enumerate(samples, 1))
-        program, call = references[0].program, references[0].inputs[0]
-        fields = {"count": n_inputs, "blocks": blocks, "program": program, "input": call}
+        fields = {"count": n_inputs + 2, "program": references[0].program, "input": references[0].inputs[0]}
+        for name, inputs in (("lists", LISTS), ("texts", TEXTS)):
+            numbered = enumerate(inputs[: n_inputs + 2], 1)
+            fields[name] = "".join(CALL.format(number=number, input=text) for number, text in numbered)
     else:
         shown = [
             REFERENCE.format(number=number, program=task.program, input=task.inputs[0], output=task.outputs[0])
@@ -254,6 +269,12 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
     return blocks
 
 
+def arguments(text: str) -> str:
+    """The arguments in an input block, which may hold them alone or as the whole call `f(...)`."""
+    call = re.fullmatch(r"f\((.*)\)", text.strip(), re.DOTALL)
+    return (call.group(1) if call else text).strip()
+
+
 @dataclass(frozen=True)
 class Proposal:
     """What a proposer wrote, not yet run: for induction `program` is empty (it is the one that was shown)."""
@@ -282,7 +303,7 @@ def parse_proposal(kind: str, answer: str, n_inputs: int = 10) -> tuple[Proposal
     if not answer.strip():
         return None, "no_answer"
     blocks = fenced_blocks(answer)
-    inputs = [content.strip() for label, content in blocks if label == "input" and content.strip()]
+    inputs = [arguments(content) for label, content in blocks if label == "input" and arguments(content)]
     if kind == "induction":
         messages = [content.strip() for label, content in blocks if label == "message" and content.strip()]
         distinct = list(dict.fromkeys(inputs))
@@ -311,7 +332,7 @@ def parse_answer(kind: str, answer: str) -> str | None:
     wanted = "input" if kind == "abduction" else "output"
     named = [content for label, content in blocks if label == wanted]
     text = named[-1] if named else blocks[-1][1] if blocks else answer
-    return text.strip() or None
+    return (arguments(text) if kind == "abduction" else text.strip()) or None
 
 
 __all__ = ["KINDS", "Parts", "Proposal", "Task", "parse_answer", "parse_proposal", "propose_prompt", "solve_prompt"]

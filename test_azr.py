@@ -84,9 +84,11 @@ def test_answers_parse_back():
 def test_every_prompt_shows_its_own_format():
     """The example reply inside each prompt is parsed by the parser of that prompt: they cannot drift apart."""
     for kind in KINDS:
-        prompt = "".join(prompts.propose_prompt(kind, [zero_task("deduction")], 6))
-        shown = prompts.split_response(prompt[prompt.rindex("<think>") :], prefilled=False)
-        assert shown.formatted and prompts.parse_proposal(kind, shown.answer, 6)[0]
+        for demonstration in prompts.propose_prompt(kind, [zero_task("deduction")], 6)[1::2]:
+            shown = prompts.split_response(demonstration, prefilled=False)
+            assert shown.formatted
+            proposal, _ = prompts.parse_proposal(kind, shown.answer, 6)
+            assert proposal and not any(text.startswith("f(") for text in proposal.inputs)
         prompt = "".join(prompts.solve_prompt(zero_task(kind)))
         shown = prompts.split_response(prompt[prompt.rindex("<think>") :], prefilled=False)
         assert shown.formatted and prompts.parse_answer(kind, shown.answer)
@@ -146,6 +148,21 @@ def test_other_function_name_becomes_f(executor):
     )
     program = prompts.parse_proposal("deduction", answer)[0].program
     assert executor.validate([(program, ["1"])])[0][0].output == "2"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("f([1], 2)", "[1], 2"), (" [1], 2\n", "[1], 2"), ("f('a)(b')", "'a)(b'"), ("f()", ""), ("g(1)", "g(1)")],
+)
+def test_an_input_block_may_hold_the_whole_call(text, expected):
+    assert prompts.arguments(text) == expected
+
+
+def test_a_call_with_something_around_it_is_no_input(executor):
+    for text in ("f(1), f(2)", "f(1) or (2)", "f(1) + f(2)", "f(f(1))", "x = f(1)", "f(1)\nf(2)"):
+        answer = prompts.parse_answer("abduction", fence("input", text))
+        assert not executor.validate([("def f(*x):\n    return x", [answer])])[0][0].ok
+        assert not executor.verify_abduction([("def f(*x):\n    return 1", "1", answer)])[0].correct
 
 
 @pytest.mark.parametrize(
