@@ -281,12 +281,11 @@ def open_engine(args, items: int):
     import torch
 
     import rollout
-    from vllm_engine import vllm_build
 
-    vllm = args.engine == "vllm" or (args.engine == "auto" and vllm_build() is not None)
+    args.engine = rollout.choose_engine(args.engine)
     on_gpu = torch.cuda.is_available()
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    policy, tokenizer = rollout.load_policy(args.model, "cuda" if on_gpu and not vllm else "cpu", dtype)
+    policy, tokenizer = rollout.load_policy(args.model, "cuda" if on_gpu and args.engine != "vllm" else "cpu", dtype)
     weights = sum(p.numel() * p.element_size() for p in policy.parameters())
     cache = int(0.9 * torch.cuda.mem_get_info()[0] - 1.3 * weights - (6 << 30)) if on_gpu else 2 << 30
     length = min(args.max_model_len, getattr(policy.config, "max_position_embeddings", args.max_model_len))

@@ -14,7 +14,6 @@ Paper: section 3.3 (rollouts of both roles at temperature 1).
 """
 
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -250,6 +249,21 @@ def _batches(rows: list[tuple[Request, int]], token_budget: int) -> Iterator[lis
 # Choosing an engine
 
 
+def choose_engine(kind: str) -> str:
+    """What --engine auto means here: vLLM where its build fits the machine, else transformers, with a line that says so
+    where vLLM is installed but unusable. Raises ValueError for an unknown name."""
+    if kind not in ("auto", "vllm", "transformers"):
+        raise ValueError(f"There is no engine {kind}: choose auto, vllm or transformers.")
+    if kind != "auto" or vllm_build() is None:
+        return "transformers" if kind == "auto" else kind
+    try:
+        import_vllm()
+    except RuntimeError as error:
+        print(f"using the transformers engine: {error}")
+        return "transformers"
+    return "vllm"
+
+
 def make_engine(
     kind: str,
     model_path: str,
@@ -264,21 +278,9 @@ def make_engine(
     token_budget: int = 32768,
     seed: int = 0,
 ) -> Engine:
-    """The engine called `kind`, holding the policy's weights. "auto" takes vLLM where its build fits the machine.
-
-    An explicit "vllm" that cannot be had raises RuntimeError; "auto" falls back to transformers, with a warning where
-    vLLM is installed but unusable. `token_budget` is for transformers, all else after `max_model_len` for vLLM.
-    """
-    if kind not in ("auto", "vllm", "transformers"):
-        raise ValueError(f"There is no engine {kind}: choose auto, vllm or transformers.")
-    if kind == "auto":
-        kind = "transformers"
-        if vllm_build() is not None:
-            try:
-                import_vllm()
-                kind = "vllm"
-            except RuntimeError as error:
-                warnings.warn(f"Using the transformers engine: {error}", stacklevel=2)
+    """The engine called `kind` ("auto": `choose_engine`), holding the policy's weights. A "vllm" that cannot be had
+    raises RuntimeError. `token_budget` is for transformers, all else after `max_model_len` for vLLM."""
+    kind = choose_engine(kind)
     if kind == "transformers":
         return TransformersEngine(
             policy, tokenizer, dtype=dtype, max_model_len=max_model_len, token_budget=token_budget

@@ -129,7 +129,7 @@ def describe(config: Config) -> memory.Plan:
     """Print which engine, device and type a run uses, how many rollouts a step makes, and what memory and time to
     expect. Returns the memory plan. Raises ValueError for a model that cannot be had or does not fit."""
     device, dtype = place(config)
-    engine, hf_config = choose_engine(config.engine), rollout.load_config(config.model)
+    engine, hf_config = rollout.choose_engine(config.engine), rollout.load_config(config.model)
     given = config.memory * memory.GB
     card = (given or torch.cuda.mem_get_info()[1]) if device == "cuda" else None
     host = given if given and device == "cpu" else free_host_bytes()
@@ -175,18 +175,6 @@ def free_host_bytes() -> int:
     if meminfo.exists():
         return next(int(x.split()[1]) for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable")) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def choose_engine(kind: str) -> str:
-    """What --engine auto means here: vLLM where its build fits the machine, else transformers."""
-    if kind != "auto" or rollout.vllm_build() is None:
-        return "transformers" if kind == "auto" else kind
-    try:
-        rollout.import_vllm()
-    except RuntimeError as error:
-        print(f"using the transformers engine: {error}")
-        return "transformers"
-    return "vllm"
 
 
 def place(config: Config) -> tuple[str, str]:

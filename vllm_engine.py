@@ -178,7 +178,7 @@ def vllm_build() -> tuple[str, bool] | None:
 def import_vllm():
     """The vllm module, set up to run in this process; raises RuntimeError in one sentence where it cannot be used."""
     build, lower, upper = vllm_build(), *VLLM_VERSIONS
-    advice = f"install vllm=={upper}.0 on a GPU machine or choose the transformers engine."
+    advice = "install vllm==0.32.0 (requirements.txt) on a GPU machine or choose the transformers engine."
     if build is None:
         raise RuntimeError(f"vLLM is not installed: {advice}")
     version, for_cpu = build
