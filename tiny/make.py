@@ -49,6 +49,7 @@ HERE = Path(__file__).resolve().parent
 # Responses. With reasoning: one clause per statement. Without: straight to the answer.
 
 REASON = "Step by step: "
+START, GOAL, BY = "start ", "goal ", " by "  # induction: the first shown pair, and the statement that is left to find
 ANSWER = "</think>\n<answer>\n```{label}\n"
 END = "\n```\n</answer>"
 
@@ -75,6 +76,9 @@ def solve_example(rng: random.Random, kind: str, reason: bool, deepest: int = 3)
         clauses = [f"{step.code} -> {value!r}" for step, value in zip(item.steps, states, strict=True)]
         if kind == "deduction":
             return task, respond("output", repr(item.outputs[0]), clauses if reason else [])
+        clauses.insert(0, f"{START}{item.values[0]!r}")
+        if HIDDEN in task.message:  # the value before the unnamed statement and the goal stand side by side
+            clauses[-1] = f"{GOAL}{states[-1]!r}{BY}{item.steps[-1].code}"
         return task, respond("python", item.program, clauses if reason else [])
 
 
@@ -88,22 +92,25 @@ def propose_example(rng: random.Random, kind: str) -> tuple[list[str], str]:
             item = Problem([], zero_task(kind).program, "", values, values)
         inputs = [repr(value) for value in item.values]
         task = Task(kind, item.program, inputs[-1:], [repr(item.outputs[-1])])
-        blocks = "\n".join(f"```input {n}\n{text}\n```" for n, text in enumerate(inputs[:-1], 1))
-        body = f"{blocks}\n```message\n{message(rng, item.steps)}".removeprefix("```input 1\n")
+        # as many calls as the parser needs; the prompt asks for two more because larger models stop early
+        blocks = "".join(prompts.CALL.format(number=n, input=text) for n, text in enumerate(inputs[:-1], 1))
+        body = f"{blocks}```message\n{message(rng, item.steps)}".removeprefix("```input 1\n")
         return prompts.propose_prompt(kind, [task], N_INPUTS), respond("input 1", body, [])
     item = problem(rng, "corpus", depth)
     references = []
     for _ in range(rng.choice((1, 2, 2, 2))):
         other = problem(rng, "corpus", rng.choices((1, 2, 3), (3, 4, 3))[0])
         references.append(zero_task(kind) if rng.random() < 0.1 else as_task(rng, kind, other))
-    body = f"{item.program}\n```\n```input\n{item.values[0]!r}"
+    body = f"{item.program}\n```\n```input\nf({item.values[0]!r})"
     return prompts.propose_prompt(kind, references), respond("python", body, [])
 
 
 # Shares of the six cells, and how often a solver's response reasons, in the two stages of training.
 CELLS = (("propose", "abduction", 0.5), ("propose", "deduction", 0.5), ("propose", "induction", 0.6)) + tuple(
-    ("solve", kind, 3) for kind in KINDS
+    ("solve", kind, 4 if kind == "induction" else 3) for kind in KINDS
 )
+
+INDUCTION_REASONS = 0.2  # least share there: reasoning is worth less, so a habit as rare as the others' is not found
 
 
 def corpus(rng: random.Random, reason: float, deepest: int, forbidden: set) -> Iterator[tuple]:
@@ -114,7 +121,8 @@ def corpus(rng: random.Random, reason: float, deepest: int, forbidden: set) -> I
         if role == "propose":
             yield propose_example(rng, kind)
             continue
-        task, response = solve_example(rng, kind, rng.random() < reason, deepest)
+        share = max(reason, INDUCTION_REASONS) if kind == "induction" else reason
+        task, response = solve_example(rng, kind, rng.random() < share, deepest)
         prompt = prompts.solve_prompt(task)
         if prompt[-1] not in forbidden:
             yield prompt, response
@@ -134,17 +142,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         "<think>\n",
         REASON,
         END,
-        "\n```\n```message\n",
+        "\n```\n```input\nf(",
+        ")" + END,
+        ")\n```\n```message\n",
         "def f(x):",
         "\n    x = ",
         "\n    return x",
     ]
-    pieces += [f"\n```\n```input {number}\n" for number in range(2, N_INPUTS + 1)]
+    pieces += [f")\n```\n```input {number}\nf(" for number in range(2, N_INPUTS + 1)]
     for label in ("python", "input", "output", "input 1"):
-        pieces += [ANSWER.format(label=label), "\n" + ANSWER.format(label=label)]
+        opening = ANSWER.format(label=label) + "f(" * (label == "input 1")
+        pieces += [opening, "\n" + opening]
     for op in OPS:
         pieces += [*op.code.split("{c}"), *op.words.split("{c}")]
-    pieces += [", then ", HIDDEN, "leave it as it is", "; ", "]; ", "'; ", ", ", "[]"]
+    pieces += [START, GOAL, BY, ", then ", HIDDEN, "leave it as it is", "; ", "]; ", "'; ", ", ", "[]"]
     pieces += [arrow + opening for arrow in (" -> ", " <- ") for opening in ("", "[", "'")]
     pieces += [str(number) for number in range(-BIGGEST, BIGGEST + 1)]
     pieces = [piece for piece in dict.fromkeys(pieces) if len(piece) > 1]
@@ -165,7 +176,7 @@ MODEL = {
 TOKENS_PER_BATCH = 4096
 # (steps, peak learning rate, share of solver responses that reason, statements of the deepest program). The last stage
 # makes the habit of the base model: it mostly answers at once, although it can do better.
-STAGES = ((1100, 5e-3, 0.9, 3), (500, 3e-3, 0.9, 4), (60, 1e-3, 0.08, 4))
+STAGES = ((1200, 5e-3, 0.9, 3), (700, 3e-3, 0.9, 4), (60, 1e-3, 0.08, 4))
 
 
 def batches(examples: Iterator[tuple], tokenizer, steps: int, rng: random.Random) -> Iterator[tuple]:
@@ -253,7 +264,7 @@ def make(seed: int) -> None:
     def log(text: str) -> None:
         print(f"{text}  {time.perf_counter() - began:.0f} s ({time.process_time() - cpu:.0f} cpu-s)", flush=True)
 
-    splits = {split: held_out(split, seed) for split, seed in (("dev", 11), ("test", 12))}
+    splits = {split: held_out(split, seed) for split, seed in (("dev", 11), ("test", 13))}
     tasks = [task for split in splits.values() for task in split]
     forbidden = {prompts.solve_prompt(task)[-1] for task in tasks}
     tokenizer = build_tokenizer()
@@ -282,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded tiny model and its held-out tasks.")
     parser.add_argument("--check", action="store_true", help="verify what is there and stop")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if not arguments.check:
