@@ -7,7 +7,7 @@ growth comes from buffers, logs or leaks. Printed: medians of the first 100 step
 100 (of memory too: from step to step it goes up and down by some percent with what was just freed). Processor seconds
 are the primary figure: on a shared machine wall seconds mostly measure the neighbours, and even processor seconds move
 by several percent with them. The tokens of the same steps are printed beside, because steps are only comparable where
-they did the same amount of work.
+they did the same amount of work, and so is the executor's share of a step's wall seconds.
 What it leaves out: evaluation, vLLM, a GPU, buffers that are already full. Needs Linux.
 
     OMP_NUM_THREADS=1 python benchmarks/flat.py              # 1,000 steps, about a quarter of an hour on a free core
@@ -78,6 +78,7 @@ def measure(folder: Path, steps: int, extra: list[str]) -> list[dict[str, float]
             "wall": now["wall"] - before["wall"],
             "cpu": now["cpu"] - before["cpu"],
             "tokens": t["generated_tokens"],
+            "executor_share": (t["seconds/validate"] + t["seconds/verify"]) / t["seconds/step"],
         }
         for (before, now), t in zip(itertools.pairwise(samples), timing[1:], strict=True)
     ]
@@ -98,7 +99,8 @@ def main() -> None:
     counted = records[options.warmup - 1 :]  # the first step has no line before it
     first, last = counted[: options.window], counted[-options.window :]
     result = {}
-    for name, digits in {"cpu": 3, "wall": 3, "tokens": 0, "rss_mb": 1, "servers_rss_mb": 1}.items():
+    columns = {"cpu": 3, "wall": 3, "tokens": 0, "executor_share": 3, "rss_mb": 1, "servers_rss_mb": 1}
+    for name, digits in columns.items():
         early, late = (statistics.median(record[name] for record in part) for part in (first, last))
         result[name] = {"first": round(early, 3), "last": round(late, 3), "ratio": round(late / early, 4)}
         print(f"{name:16} first {early:9.{digits}f}  last {late:9.{digits}f}  ratio {late / early:.3f}")
