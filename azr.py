@@ -75,11 +75,10 @@ def propose(run: Run, step: int) -> list[Rollout]:
 def proposal_prompt(run: Run, kind: str, rng: random.Random, step: int) -> Rollout:
     """One propose prompt that fits into --max-prompt: references are drawn again, then fewer of them."""
     config = run.config
-    programs = [task for other in ("abduction", "deduction") for task in run.buffers[other]]
     for count in range(config.references, -1, -1):
         for _ in range(4):
             if kind == "induction":
-                references = [rng.choice(programs)]
+                references = [draw_program(run, rng)]
             else:
                 references = run.buffers[kind].sample(count, rng)
             text = prompts.propose_prompt(kind, references, config.inputs)
@@ -87,6 +86,13 @@ def proposal_prompt(run: Run, kind: str, rng: random.Random, step: int) -> Rollo
             if len(proposal.prompt_ids) <= config.max_prompt:
                 return proposal
     raise ValueError(f"--max-prompt {config.max_prompt} is too short for a {kind} proposal; raise it")
+
+
+def draw_program(run: Run, rng: random.Random) -> Task:
+    """A task of the other two buffers, uniformly; they are not put together first, which would cost their size."""
+    first, second = run.buffers["abduction"], run.buffers["deduction"]
+    number = rng.choice(range(len(first) + len(second)))
+    return first[number] if number < len(first) else second[number - len(first)]
 
 
 def validate(run: Run, proposals: list[Rollout], whole_response: bool = False) -> None:
@@ -412,7 +418,7 @@ def save(run: Run, record: dict) -> None:
 
 
 def save_checkpoint(run: Run, name: str = "checkpoint") -> None:
-    checkpoint.save(run.folder, run.step, run.policy, run.tokenizer, run.optimizer, run.buffers, name)
+    checkpoint.save(run.folder, run.step, run.policy, run.tokenizer, run.optimizer, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -457,10 +463,13 @@ def begin(run: Run) -> None:
     difference = rollout.check_sync(run.engine, run.policy, probe)
     print(f"engine and policy agree: mean |logprob difference| {difference:.1e}")
     seed_buffers(run)
+    (run.folder / "buffers").mkdir(exist_ok=True)
+    for kind, buffer in run.buffers.items():
+        save_tasks(run.folder / f"buffers/{kind}.jsonl", buffer)
     record: dict = {"step": 0, **health.buffer_metrics(run.buffers)}
     if run.config.eval_every:
         record |= evaluate_policy(run)
-    run.history.append(record)
+    run.remember(record)
     checkpoint.append(run.folder / "metrics.jsonl", [record])
     save_checkpoint(run)
 

@@ -17,6 +17,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from itertools import takewhile
 from pathlib import Path
 
 KINDS = ("abduction", "deduction", "induction")
@@ -122,6 +123,7 @@ class Buffer:
     def __init__(self, capacity: int = 16384):
         self.capacity = capacity
         self.tasks: OrderedDict[str, Task] = OrderedDict()
+        self.listed: list[Task] | None = None  # the same as a list, while nothing was added since it was made
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -129,24 +131,30 @@ class Buffer:
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks.values())
 
+    def __getitem__(self, number: int) -> Task:
+        """Task `number`, from the oldest on. A step draws for every prompt and adds once: one list serves all draws."""
+        if self.listed is None:
+            self.listed = list(self.tasks.values())
+        return self.listed[number]
+
     def add(self, task: Task) -> bool:
         """Append a task; False (and no change) if an equal one is already there."""
         key = task_key(task)
         if key in self.tasks:
             return False
-        self.tasks[key] = task
+        self.tasks[key], self.listed = task, None
         if len(self.tasks) > self.capacity:
             self.tasks.popitem(last=False)
         return True
 
     def sample(self, count: int, rng: random.Random) -> list[Task]:
         """Up to `count` different tasks, uniformly without replacement."""
-        tasks = list(self.tasks.values())
-        return rng.sample(tasks, min(count, len(tasks)))
+        return [self[number] for number in rng.sample(range(len(self)), min(count, len(self)))]
 
     def added_at(self, step: int) -> list[Task]:
         """The tasks that came in at one step (the "new" slice of the solve batch)."""
-        return [task for task in self.tasks.values() if task.step == step]
+        late = takewhile(lambda task: task.step >= step, reversed(self.tasks.values()))  # the newest are at the end
+        return [task for task in late if task.step == step][::-1]
 
 
 def save_tasks(path: Path, tasks) -> None:
@@ -154,6 +162,14 @@ def save_tasks(path: Path, tasks) -> None:
     with path.open("w", encoding="utf-8") as file:
         for task in tasks:
             file.write(json.dumps(asdict(task)) + "\n")
+
+
+def load_buffer(path: Path, capacity: int) -> Buffer:
+    """The buffer whose file holds every task that ever entered it, in order: the last ones are still in it."""
+    buffer = Buffer(capacity)
+    for task in load_tasks(path)[-capacity:]:
+        buffer.add(task)
+    return buffer
 
 
 def load_tasks(path: Path) -> list[Task]:

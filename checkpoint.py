@@ -6,13 +6,14 @@
     RUN/tasks.jsonl            every proposal with verdict, solve rate, reward and the references it was shown
     RUN/rollouts.jsonl         sampled full texts                RUN/flagged.jsonl   texts for a person to read
     RUN/seeds.jsonl            the seed tasks (reusable: --seeds RUN/seeds.jsonl)
-    RUN/checkpoint             -> checkpoint-000123: a Hugging Face model folder, trainer.pt (optimizer, counters,
-                                  RNG states, log sizes) and buffers/KIND.jsonl
-    RUN/buffers                -> checkpoint/buffers
+    RUN/buffers/KIND.jsonl     every task that entered a buffer, in order; the last --buffer-size of them are in it
+    RUN/checkpoint             -> checkpoint-000123: a Hugging Face model folder and trainer.pt (optimizer, counters,
+                                  RNG states, log sizes)
 
 A checkpoint is written to a temporary name, renamed, and only then does the link `checkpoint` move: a kill or a full
-disk leaves the previous one whole. On resume the logs are cut back to the sizes the checkpoint recorded, so that the
-continued run writes the same bytes as an uninterrupted one.
+disk leaves the previous one whole. Logs and buffers are files that only grow: a step appends what is new, a checkpoint
+records their sizes, and on resume they are cut back to these, so that the continued run writes the same bytes as an
+uninterrupted one.
 What it leaves out: checkpoints of a half-finished step. Usage: `save(run_dir, step, ...)`, `load(run_dir, ...)`.
 """
 
@@ -26,9 +27,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from buffers import KINDS, Buffer, load_tasks, save_tasks
+from buffers import KINDS, Buffer, load_buffer
 
 LOGS = ("metrics.jsonl", "timing.jsonl", "tasks.jsonl", "rollouts.jsonl", "flagged.jsonl")
+LOGS += tuple(f"buffers/{kind}.jsonl" for kind in KINDS)
 
 
 def append(path: Path, records: list[dict]) -> None:
@@ -56,7 +58,7 @@ def move_link(link: Path, target: str) -> None:
     os.replace(temporary, link)
 
 
-def save(run_dir: Path, step: int, policy, tokenizer, optimizer, buffers: dict[str, Buffer], name="checkpoint") -> None:
+def save(run_dir: Path, step: int, policy, tokenizer, optimizer, name: str = "checkpoint") -> None:
     """Write checkpoint number `step` and point RUN/`name` at it. Raises OSError naming the folder if the disk is full;
     the previous checkpoint stays as it was."""
     folder = run_dir / f"{name}-{step:06d}"
@@ -65,9 +67,6 @@ def save(run_dir: Path, step: int, policy, tokenizer, optimizer, buffers: dict[s
     try:
         policy.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "buffers").mkdir()
-        for kind, buffer in buffers.items():
-            save_tasks(partial / "buffers" / f"{kind}.jsonl", buffer)
         log_sizes = {log: (run_dir / log).stat().st_size if (run_dir / log).exists() else 0 for log in LOGS}
         name_, keys, *rest = np.random.get_state()
         rng = {"python": random.getstate(), "numpy": (name_, keys.tolist(), *rest), "torch": torch.get_rng_state()}
@@ -85,8 +84,6 @@ def save(run_dir: Path, step: int, policy, tokenizer, optimizer, buffers: dict[s
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     move_link(run_dir / name, folder.name)
-    if not (run_dir / "buffers").is_symlink():
-        move_link(run_dir / "buffers", "checkpoint/buffers")
     for older in run_dir.glob(f"{name}-[0-9]*"):
         if older.name != folder.name:
             shutil.rmtree(older, ignore_errors=True)
@@ -103,11 +100,6 @@ def load(run_dir: Path, policy, optimizer, capacity: int) -> tuple[int, dict[str
         raise ValueError(
             f"{folder}/trainer.pt cannot be read ({error}); start a new run from the weights with --model {folder}"
         ) from None
-    buffers = {}
-    for kind in KINDS:
-        buffers[kind] = Buffer(capacity)
-        for task in load_tasks(folder / "buffers" / f"{kind}.jsonl"):
-            buffers[kind].add(task)
     rng = state["rng"]
     random.setstate(rng["python"])
     np.random.set_state(rng["numpy"])
@@ -115,6 +107,6 @@ def load(run_dir: Path, policy, optimizer, capacity: int) -> tuple[int, dict[str
     if "cuda" in rng and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(rng["cuda"])
     for log, size in state["log_sizes"].items():
-        if (run_dir / log).exists():
+        if (run_dir / log).exists() and (run_dir / log).stat().st_size > size:
             os.truncate(run_dir / log, size)
-    return state["step"], buffers
+    return state["step"], {kind: load_buffer(run_dir / f"buffers/{kind}.jsonl", capacity) for kind in KINDS}

@@ -6,7 +6,7 @@ What it leaves out: acting on what it sees. An alarm is a sentence; `--stop-on-c
 Paper: section 4 (metrics over training, the "uh-oh moment"); the official code logs most of this to a hosted service.
 
     metrics = cell_metrics(rollouts, attempts=8) | buffer_metrics(buffers)
-    for sentence in alarms(history): print(sentence)
+    for sentence in watch.read(record): print(sentence)        # watch = Watch() at the start of a run
 
 A rollout is any record with the fields role, kind, completion, parts, response, task, verdict, correct, trains, reward,
 advantage, solve_rate, admitted, entropy and reference_programs (see azr.py).
@@ -17,13 +17,14 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from buffers import KINDS, Buffer, normalise
 from plots import comparison_table, svg_plot, terminal_plot
 
 __all__ = [
+    "Watch",
     "alarms",
     "buffer_metrics",
     "cell_metrics",
@@ -184,75 +185,106 @@ def fallen_from(values: Sequence[float], margin: Callable[[float], float]) -> fl
     return level if max(values[-LOW_IN_A_ROW:]) < level - margin(level) else None
 
 
-def windows(history: Sequence[Mapping], key: str) -> tuple[list[float], float]:
-    """Means of `key` over blocks of WINDOW steps, and the typical standard error of such a mean."""
-    blocks = [
-        [record[key] for record in history[start : start + WINDOW] if record.get(key) is not None]
-        for start in range(0, len(history) - WINDOW + 1, WINDOW)
-    ]
-    blocks = [block for block in blocks if block]
-    errors = [statistics.pstdev(block) / math.sqrt(len(block)) for block in blocks]
-    return [statistics.fmean(block) for block in blocks], statistics.median(errors) if errors else 0.0
-
-
-def alarms(history: Sequence[Mapping]) -> list[str]:
-    """Collapse alarms that ring at the last record of `history` (all records of metrics.jsonl, one per step).
+class Watch:
+    """Reads the records of metrics.jsonl one by one, in order, and says what rings at each.
 
     Trends of a step's metrics are judged once per WINDOW steps, held-out accuracies ("eval/<suite>/<kind>/accuracy",
     with ".../n" tasks) at each evaluation, so the same sentence is not repeated every step. Each sentence names the
-    cell, the numbers and the flag to change.
+    cell, the numbers and the flag to change. What stays of a record is a few numbers per window, so that step 100,000
+    costs and holds about what step 100 did; a resumed run reads its metrics.jsonl again and knows as much.
     """
-    if not history:
-        return []
-    steps = [record for record in history if record.get("step", 1) > 0]  # step 0: before training
-    return (trend_alarms(steps) if steps and len(steps) % WINDOW == 0 else []) + evaluation_alarms(history)
+
+    def __init__(self, history: Iterable[Mapping] = ()) -> None:
+        self.window: list[Mapping] = []  # the records of the window that is not full yet
+        self.means: dict[str, list[float]] = {}  # metric -> its mean in every full window that has it
+        self.errors: dict[str, list[float]] = {}  # metric -> the standard errors of these means
+        self.rates: list[float] = []  # mean solve rates of all proposals, of the steps since a full window of them
+        self.rate_means: list[float] = []  # their means, one per full window
+        self.evaluations: dict[str, list[float]] = {}  # held-out accuracy -> its value at every evaluation
+        for record in history:
+            self.read(record)
+
+    def read(self, record: Mapping) -> list[str]:
+        """Take in the next record; returns the sentences that ring at it, almost always none."""
+        rung: list[str] = []
+        if record.get("step", 1) > 0:  # step 0: before training
+            self.window.append(record)
+            self.add_rate(record)
+            if len(self.window) == WINDOW:
+                rung = self.close_window()
+        return rung + self.read_evaluation(record)
+
+    def add_rate(self, record: Mapping) -> None:
+        keys = [f"propose/{kind}/solve_rate_mean" for kind in KINDS]
+        if found := [record[key] for key in keys if record.get(key) is not None]:
+            self.rates.append(statistics.fmean(found))
+        if len(self.rates) == WINDOW:
+            self.rate_means.append(statistics.fmean(self.rates))
+            self.rates.clear()
+
+    def close_window(self) -> list[str]:
+        """Keep the means of the full window, forget its records, judge the trends."""
+        records, self.window = self.window, []
+        keys = dict.fromkeys(key for record in records for key in record if is_watched(key))
+        for key in keys:
+            if values := [record[key] for record in records if record.get(key) is not None]:
+                self.means.setdefault(key, []).append(statistics.fmean(values))
+                self.errors.setdefault(key, []).append(statistics.pstdev(values) / math.sqrt(len(values)))
+        return self.trend_alarms(key for key in keys if key.rpartition("/")[2] in WATCHED)
+
+    def trend_alarms(self, keys: Iterable[str]) -> list[str]:
+        rung = []
+        for key in keys:
+            role_kind, _, name = key.rpartition("/")
+            left, remedy = WATCHED[name]
+            means, errors = self.means.get(key, []), self.errors.get(key, [])
+            error = statistics.median(errors) if errors else 0.0  # the typical one
+            level = fallen_from(means, lambda level, left=left, error=error: max((1 - left) * level, NOISE * error))
+            accuracy = self.means.get(f"{role_kind}/accuracy")
+            if name == "entropy" and accuracy and accuracy[-1] > accuracy[0]:
+                continue  # a solver that grows sure of right answers learns; of wrong ones, collapses
+            if level is not None:
+                rung.append(f"collapse alarm: {key} fell from {level:.2f} to {means[-1]:.2f}; {remedy}")
+        last = self.rate_means[-LOW_IN_A_ROW:]
+        if len(last) == LOW_IN_A_ROW and max(last) < TOO_HARD:
+            rung.append(f"collapse alarm: mean solve rate of all proposals is {last[-1]:.2f}, hardly any can be "
+                        "solved; use --admit learnable, raise --rollouts or start from a stronger --model")  # fmt: skip
+        if len(last) == LOW_IN_A_ROW and min(last) > TOO_EASY:
+            rung.append(f"collapse alarm: mean solve rate of all proposals is {last[-1]:.2f}, nothing is left to "
+                        "learn; use --admit learnable or raise --references")  # fmt: skip
+        return rung
+
+    def read_evaluation(self, record: Mapping) -> list[str]:
+        rung = []
+        for key, value in record.items():
+            parts = key.split("/")  # depths are left to the tables: too few tasks each
+            if len(parts) != 4 or parts[0] != "eval" or parts[2] not in KINDS or parts[3] != "accuracy":
+                continue
+            values = self.evaluations.setdefault(key, [])
+            if value is not None:
+                values.append(value)
+            tasks = record.get(key.removesuffix("accuracy") + "n") or EVAL_TASKS
+
+            def margin(level: float, tasks: float = tasks) -> float:
+                # Both evaluations use the same tasks, so the standard error of their difference is below this one.
+                return max(ACCURACY_LOST, 2 * math.sqrt(2 * level * (1 - level) / tasks))
+
+            level = fallen_from(values, margin)
+            if level is not None:
+                rung.append(f"collapse alarm: held-out {key} fell from {level:.2f} to {values[-1]:.2f}; lower --lr, "
+                            "and use --keep-best to keep the model from before the fall")  # fmt: skip
+        return rung
 
 
-def trend_alarms(history: Sequence[Mapping]) -> list[str]:
-    rung = []
-    for key in dict.fromkeys(key for record in history[-WINDOW:] for key in record):
-        role_kind, _, name = key.rpartition("/")
-        if name not in WATCHED or role_kind.partition("/")[0] not in ("propose", "solve"):
-            continue
-        left, remedy = WATCHED[name]
-        means, error = windows(history, key)
-        level = fallen_from(means, lambda level, left=left, error=error: max((1 - left) * level, NOISE * error))
-        accuracy, _ = windows(history, f"{role_kind}/accuracy")
-        if name == "entropy" and accuracy and accuracy[-1] > accuracy[0]:
-            continue  # a solver that grows sure of right answers learns; one that grows sure of wrong ones collapses
-        if level is not None:
-            rung.append(f"collapse alarm: {key} fell from {level:.2f} to {means[-1]:.2f}; {remedy}")
-    keys = [f"propose/{kind}/solve_rate_mean" for kind in KINDS]
-    rates = [statistics.fmean(found) for r in history if (found := [r[k] for k in keys if r.get(k) is not None])]
-    recent, _ = windows([{"rate": rate} for rate in rates], "rate")
-    last = recent[-LOW_IN_A_ROW:]
-    if len(last) == LOW_IN_A_ROW and max(last) < TOO_HARD:
-        rung.append(f"collapse alarm: mean solve rate of all proposals is {last[-1]:.2f}, hardly any can be solved; "
-                    "use --admit learnable, raise --rollouts or start from a stronger --model")  # fmt: skip
-    if len(last) == LOW_IN_A_ROW and min(last) > TOO_EASY:
-        rung.append(f"collapse alarm: mean solve rate of all proposals is {last[-1]:.2f}, nothing is left to learn; "
-                    "use --admit learnable or raise --references")  # fmt: skip
-    return rung
+def is_watched(key: str) -> bool:
+    """Whether a trend is judged by this metric: those of WATCHED, and accuracy beside entropy."""
+    role, name = key.partition("/")[0], key.rpartition("/")[2]
+    return role in ("propose", "solve") and (name in WATCHED or name == "accuracy")
 
 
-def evaluation_alarms(history: Sequence[Mapping]) -> list[str]:
-    rung = []
-    for key in history[-1]:
-        parts = key.split("/")  # depths are left to the tables: too few tasks each
-        if len(parts) != 4 or parts[0] != "eval" or parts[2] not in KINDS or parts[3] != "accuracy":
-            continue
-        values = [record[key] for record in history if record.get(key) is not None]
-        tasks = history[-1].get(key.removesuffix("accuracy") + "n") or EVAL_TASKS
-
-        def margin(level: float, tasks: float = tasks) -> float:
-            # Both evaluations use the same tasks, so the standard error of their difference is below this one.
-            return max(ACCURACY_LOST, 2 * math.sqrt(2 * level * (1 - level) / tasks))
-
-        level = fallen_from(values, margin)
-        if level is not None:
-            rung.append(f"collapse alarm: held-out {key} fell from {level:.2f} to {values[-1]:.2f}; lower --lr, and "
-                        "use --keep-best to keep the model from before the fall")  # fmt: skip
-    return rung
+def alarms(history: Sequence[Mapping]) -> list[str]:
+    """Collapse alarms that ring at the last record of `history` (all records of metrics.jsonl, one per step)."""
+    return Watch(history[:-1]).read(history[-1]) if history else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,17 +5,19 @@
     RUN/tasks.jsonl            every proposal with verdict, solve rate, reward and the references it was shown
     RUN/rollouts.jsonl         sampled full texts
     RUN/flagged.jsonl          texts that the monitor of health.py wants a person to read
+    RUN/buffers/KIND.jsonl     every task that entered a buffer
 
 What it leaves out: deciding anything. The names of the metrics are explained in docs/metrics.md.
 """
 
-import torch
+from dataclasses import asdict
 
 import checkpoint
 import health
 import plots
 from buffers import KINDS
-from run import Rollout, Run
+from memory import GB
+from run import Rollout, Run, peak_bytes
 
 
 def log(run: Run, proposals: list[Rollout], attempts: list[Rollout], measured: dict, seconds: float) -> dict:
@@ -33,16 +35,18 @@ def log(run: Run, proposals: list[Rollout], attempts: list[Rollout], measured: d
     }
     flagged = [(item, names) for item in rollouts if (names := health.flags(item))]
     record["flagged"] = len(flagged)
-    record["alarms"] = health.alarms([*run.history, record])
-    run.history.append(record)
+    record["alarms"] = run.remember(record)
     timing = {f"seconds/{name}": round(value, 3) for name, value in run.seconds.items()}
     generated = sum(len(item.completion.token_ids) for item in rollouts)
     timing |= {"seconds/step": round(seconds, 3), "generated_tokens": generated}
-    if run.policy.device.type == "cuda":
-        timing["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    predicted, measured = peaks(run)
+    timing |= {"predicted_peak_gb": round(predicted, 3), "peak_gb": round(measured, 3)}
     checkpoint.append(run.folder / "metrics.jsonl", [record])
     checkpoint.append(run.folder / "timing.jsonl", [{"step": step, **timing}])
     checkpoint.append(run.folder / "tasks.jsonl", [proposal_record(item) for item in proposals])
+    for kind in KINDS:
+        entered = [asdict(item.task) for item in proposals if item.admitted and item.kind == kind]
+        checkpoint.append(run.folder / f"buffers/{kind}.jsonl", entered)
     sampled = run.rng(step, "log").sample(rollouts, min(config.log_rollouts, len(rollouts)))
     checkpoint.append(run.folder / "rollouts.jsonl", [rollout_record(item) for item in sampled])
     checkpoint.append(run.folder / "flagged.jsonl", [{"flags": names, **rollout_record(i)} for i, names in flagged])
@@ -51,6 +55,12 @@ def log(run: Run, proposals: list[Rollout], attempts: list[Rollout], measured: d
     for alarm in record["alarms"]:
         print(f"ALARM at step {step}: {alarm}")
     return record
+
+
+def peaks(run: Run) -> tuple[float, float]:
+    """(predicted, measured so far) peak memory in GB, of the card or of this process."""
+    predicted = max(run.plan.train_peak, run.plan.rollout_peak)
+    return predicted / GB, peak_bytes(run.policy.device.type) / GB
 
 
 def mean(values) -> float:
@@ -107,14 +117,19 @@ def write_tensorboard(run: Run, record: dict) -> None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return
-    with SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step) as writer:
-        for name, value in record.items():
-            if isinstance(value, int | float):
-                writer.add_scalar(name, value, run.step)
+    if run.board is None:  # one for the whole run: each makes a file of its own, which TensorBoard reads one by one
+        run.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step)
+    for name, value in record.items():
+        if isinstance(value, int | float):
+            run.board.add_scalar(name, value, run.step)
+    run.board.flush()
 
 
 def finish(run: Run) -> None:
-    """Before and after per task type, greedy and at T = 1, and the curve, when there were evaluations."""
+    """Predicted and measured memory; when there were evaluations, before and after per task type, greedy and at T = 1,
+    and the curve."""
+    predicted, measured = peaks(run)
+    print(f"peak memory: {predicted:.2f} GB predicted for responses of full length, {measured:.2f} GB measured")
     evaluated = [record for record in run.history if "score" in record]
     if len(evaluated) < 2:
         return

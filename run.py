@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import random
+import resource
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ import transformers
 from tqdm import tqdm
 
 import checkpoint
+import health
 import memory
 import prompts
 import rollout
@@ -80,10 +82,19 @@ class Run:
     step: int = 0
     halfway: bool = False  # the policy may be in the middle of an update: not a state to save
     seconds: Counter = field(default_factory=Counter)  # per phase of the current step
-    history: list[dict] = field(default_factory=list)  # the records of metrics.jsonl
+    history: list[dict] = field(default_factory=list)  # records of metrics.jsonl: step 0 and those with an evaluation
+    watch: health.Watch = field(default_factory=health.Watch)  # has read all of them
+    board: object = None  # the TensorBoard writer, once there is something to write
 
     def rng(self, step: int, purpose: str) -> random.Random:
         return random.Random(f"{self.config.seed}/{step}/{purpose}")
+
+    def remember(self, record: dict) -> list[str]:
+        """Take in the next record of metrics.jsonl; returns the alarms that ring at it. Kept are only the records that
+        the closing table needs: all of them are about 15 kB a step, which a long run would feel."""
+        if record["step"] == 0 or "score" in record:
+            self.history.append(record)
+        return self.watch.read(record)
 
 
 def make_rollout(run: Run, role: str, kind: str, step: int, text: str, **more) -> Rollout:
@@ -177,6 +188,18 @@ def free_host_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+def peak_bytes(device: str) -> int:
+    """Most memory this process has held so far, to set beside the plan's peak: of the card as the driver counts it
+    (context and graphs too), resident in host memory on a CPU."""
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return torch.cuda.max_memory_reserved() + total - free - torch.cuda.memory_reserved()
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would also count what the parent held when it started this process
+        return next(int(x.split()[1]) for x in status.read_text().splitlines() if x.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def place(config: Config) -> tuple[str, str]:
     """(device, compute type) of the policy."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,7 +251,8 @@ def start(config: Config, resume: str | None) -> Run:
             (folder / log).unlink(missing_ok=True)
     if has_checkpoint:
         run.step, run.buffers = checkpoint.load(folder, policy, optimizer, config.buffer_size)
-        run.history = checkpoint.read_log(folder / "metrics.jsonl")
+        for record in checkpoint.read_log(folder / "metrics.jsonl"):
+            run.remember(record)
         engine.sync(policy)
         print(f"resumed {folder} after step {run.step}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ of the same name. Run: python -m pytest -q
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import azr
 import prompts
-from buffers import KINDS, Buffer, Task, load_tasks, normalise, save_tasks, zero_task
+from buffers import KINDS, Buffer, Task, load_buffer, load_tasks, normalise, save_tasks, zero_task
 from config import TINY_MODEL, Config, parse, presets_table
 from executor import ALLOWED_MODULES, Executor
 from run import Rollout
@@ -273,6 +274,21 @@ def test_tasks_survive_a_file_and_a_truncated_one_names_its_line(tmp_path):
         load_tasks(tmp_path / "tasks.jsonl")
 
 
+def test_a_full_buffer_comes_back_from_the_file_of_all_that_ever_entered(tmp_path):
+    buffer, rng, entered = Buffer(20), random.Random(4), []
+    for step in range(300):  # programs come again, some while they are still in the ring and some after they left it
+        task = numbered(rng.randrange(40), step)
+        if buffer.add(task):
+            entered.append(task)
+    save_tasks(tmp_path / "entered.jsonl", entered)
+    again = load_buffer(tmp_path / "entered.jsonl", 20)
+    assert len(entered) > 60 and list(again.tasks.items()) == list(buffer.tasks.items())
+    draws = [[held.sample(4, random.Random(seed)) for seed in range(9)] for held in (buffer, again)]
+    assert draws[0] == draws[1]
+    buffer.add(numbered(99, 300))
+    assert buffer[19].step == 300 and buffer[0] is next(iter(buffer))  # the list of all was made anew
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The judge: gold answers of all six cells are right, so that a parser's fault can never pass for a model's
 
@@ -402,6 +418,7 @@ def whole_run(tmp_path_factory) -> Path:
     result = cli(*SMALL, "--steps", "3", "--out", str(folder))
     assert result.returncode == 0, result.stderr
     assert "step 3/3" in result.stdout and "ETA" in result.stdout
+    assert re.search(r"peak memory: \d+\.\d\d GB predicted .*, \d+\.\d\d GB measured", result.stdout)
     return folder
 
 
@@ -411,6 +428,8 @@ def test_a_run_leaves_everything_behind_and_parameters_change(whole_run):
     assert {path.name for path in (whole_run / "buffers").iterdir()} == {f"{kind}.jsonl" for kind in KINDS}
     records = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2, 3]
+    timing = [json.loads(line) for line in (whole_run / "timing.jsonl").read_text().splitlines()]
+    assert all(0.1 < line["peak_gb"] < 10 and line["predicted_peak_gb"] > 0.1 for line in timing)
     before, after = load_file(TINY_MODEL / "model.safetensors"), load_file(whole_run / "checkpoint/model.safetensors")
     assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
     tasks = [json.loads(line) for line in (whole_run / "tasks.jsonl").read_text().splitlines()]

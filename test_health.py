@@ -11,7 +11,7 @@ import pytest
 
 import health
 from buffers import Buffer, Task, zero_task
-from health import alarms, buffer_metrics, cell_metrics, flags, program_shape
+from health import Watch, alarms, buffer_metrics, cell_metrics, flags, program_shape
 from plots import comparison_table, svg_plot, terminal_plot, ticks
 from prompts import Parts, split_response
 
@@ -146,11 +146,11 @@ def test_buffer_metrics():
 
 def rung(length: int, values, every: int = 1) -> list[str]:
     """`values(step)` -> metrics of a step; evaluation keys only count every `every` steps."""
-    history, sentences = [{"step": 0, **{k: v for k, v in values(0).items() if k.startswith("eval/")}}], []
+    watch, sentences = Watch([{"step": 0, **{k: v for k, v in values(0).items() if k.startswith("eval/")}}]), []
     for step in range(1, length + 1):
         metrics = values(step).items()
-        history.append({"step": step, **{k: v for k, v in metrics if step % every == 0 or not k.startswith("eval/")}})
-        sentences += alarms(history)
+        kept = {k: v for k, v in metrics if step % every == 0 or not k.startswith("eval/")}
+        sentences += watch.read({"step": step, **kept})
     return sentences
 
 
@@ -215,6 +215,19 @@ def test_alarms_come_once_per_window_or_evaluation_and_from_the_records_alone():
     ringing = [step for step in range(1, 41) if alarms(history[:step])]
     assert ringing == [30, 35, 40]  # two whole windows after the fall, then once per window
     assert alarms([]) == [] and alarms([{"step": 0}]) == []
+
+
+def test_a_watch_knows_as_much_after_a_resume_and_holds_no_old_records():
+    trends = HEALTHY | {"solve/abduction/entropy": lambda step: 0.5 * 0.96**step}
+    values = noisy(random.Random(0), trends)
+    history = [{"step": step, **values(step)} for step in range(120)]
+    watch, rung = Watch(), 0
+    for number, record in enumerate(history):
+        sentences = watch.read(record)
+        assert sentences == alarms(history[: number + 1])  # everything read again, as at a resume
+        assert len(watch.window) < 5 and len(watch.rates) < 5
+        rung += len(sentences)
+    assert rung
 
 
 def test_small_evaluations_need_a_larger_fall():

@@ -17,7 +17,6 @@ The last line is one JSON object.
 import argparse
 import json
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -34,6 +33,7 @@ import memory
 from executor import Executor
 from optimizer import MasterAdamW
 from rollout import load_policy, make_engine
+from run import peak_bytes
 from trr import Sample, update
 
 QWEN = dict(vocab_size=151936, num_key_value_heads=2, max_position_embeddings=32768, rope_theta=1e6)
@@ -76,14 +76,6 @@ def folder_for(config, folder: str) -> str:
     config.eos_token_id = 0
     config.save_pretrained(folder)
     return folder
-
-
-def peak_bytes(device: str) -> int:
-    """Most memory this process has held: of the card as the driver counts it, or resident on a CPU."""
-    if device == "cuda":
-        outside = torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()
-        return torch.cuda.max_memory_reserved() + outside  # context, graphs and what is not torch's
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def timed(device: str, function, *args, **kwargs) -> tuple[float, object]:
