@@ -127,7 +127,7 @@ SMALL = {"max_prompt": 2048, "max_response": 1024, "references": 3, "lr": 2e-6, 
 PRESETS: dict[str, dict] = {
     "tiny": {
         "batch": 16, "references": 2, "inputs": 4, "steps": 40, "max_prompt": 448, "max_response": 128,
-        "lr": 5e-4, "lr_decay": "linear", "warmup": 5, "weight_decay": 0.0, "entropy_coef": 0.0,
+        "lr": 3e-4, "lr_decay": "linear", "warmup": 5, "weight_decay": 0.0, "entropy_coef": 0.0,
         "reuse_measurement_rollouts": True, "engine": "transformers",
         "eval_every": 10, "eval_suites": f"tasks:{TINY_MODEL.parent / 'test.jsonl'}:300",
     },
