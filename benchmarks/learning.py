@@ -163,7 +163,7 @@ def letter(statement: str) -> str:
 # The runs
 
 
-def run_all(seeds: list[int], extra: list[str], tasks_file: Path, out: Path, lanes: int, budget: list[str]) -> None:
+def run_all(seeds: list[int], conditions: list[str], extra: list[str], tasks_file: Path, out: Path, lanes: int) -> None:
     """Every condition and seed, `lanes` at a time with one thread each; what is finished is not run again."""
 
     def call(command: list[str], log: Path) -> None:
@@ -185,13 +185,13 @@ def run_all(seeds: list[int], extra: list[str], tasks_file: Path, out: Path, lan
         name = f"{condition.replace(' ', '-')}-{seed}"
         folder = out / name
         if not (folder / "curve.svg").exists():
-            command = [sys.executable, "azr.py", "--seed", str(seed), *CONDITIONS[condition], *budget, *extra]
+            command = [sys.executable, "azr.py", "--seed", str(seed), *CONDITIONS[condition], *extra]
             command += ["--eval-suites", f"tasks:{tasks_file}:{CURVE}", "--out", str(folder)]
             call(command, out / "logs" / f"{name}.log")
         measured(folder / "checkpoint", name)
         print(f"done: {name}", flush=True)
 
-    jobs = [(seed, condition) for seed in seeds for condition in CONDITIONS]
+    jobs = [(seed, condition) for seed in seeds for condition in conditions]
     with ThreadPoolExecutor(lanes) as pool:
         waiting = [pool.submit(measured, ROOT / "tiny" / "model", "base")] + [pool.submit(one, job) for job in jobs]
         for item in waiting:
@@ -248,12 +248,12 @@ def spread(values: list[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
 
-def analyse(out: Path, seeds: list[int]) -> dict:
+def analyse(out: Path, seeds: list[int], conditions: list[str]) -> dict:
     base = read_rows(out / "rows" / "base.jsonl")
     result: dict = {"seeds": seeds, "n": len(base["greedy"]), "base": {}, "conditions": {}}
     result["base"] = {mode: summary([base[mode]]) for mode in MODES}
     ours = [read_rows(out / "rows" / f"self-play-{seed}.jsonl") for seed in seeds]
-    for condition in CONDITIONS:
+    for condition in conditions:
         runs = [read_rows(out / "rows" / f"{condition.replace(' ', '-')}-{seed}.jsonl") for seed in seeds]
         entry: dict = {mode: summary([run[mode] for run in runs]) for mode in MODES}
         for mode in ("greedy", "T=1", "forced"):
@@ -350,7 +350,7 @@ def markdown(result: dict) -> str:
             lines.append(f"| {condition} | {mode} | {' | '.join(cells)} |")
     lines += ["", "Self-play minus the other conditions, paired by seed and task:", ""]
     lines += ["| condition | mode | difference | per seed |", "|---|---|---|---|"]
-    for condition in list(CONDITIONS)[1:]:
+    for condition in list(result["conditions"])[1:]:
         for mode in ("greedy", "T=1", "forced"):
             gap = result["conditions"][condition][mode]["self-play minus this"]
             text = f"{100 * gap['mean']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
@@ -426,22 +426,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "learning")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="where table and figure go")
     parser.add_argument("--lanes", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--steps", default="", help="steps of each run; default: the preset's")
-    parser.add_argument("--extra", default="", help="more flags for azr.py, as one text")
+    parser.add_argument("--conditions", default=",".join(CONDITIONS), help="the first must be self-play")
+    parser.add_argument("--extra", default="", help="more flags for azr.py, as one text: --extra '--steps 160'")
+    parser.add_argument("--name", default="learning", help="name of table and figure")
     parser.add_argument("--measure", default="", help="only measure this model folder into --out (used internally)")
     arguments = parser.parse_args()
     if arguments.measure:
         measure(arguments.measure, arguments.tasks, arguments.out)
         return
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    budget = ["--steps", arguments.steps] if arguments.steps else []
+    seeds, conditions = [int(seed) for seed in arguments.seeds.split(",")], arguments.conditions.split(",")
     out = arguments.out.resolve()
-    run_all(seeds, arguments.extra.split(), arguments.tasks.resolve(), out, arguments.lanes, budget)
-    result = analyse(out, seeds)
+    run_all(seeds, conditions, arguments.extra.split(), arguments.tasks.resolve(), out, arguments.lanes)
+    result = analyse(out, seeds, conditions)
     arguments.results.mkdir(parents=True, exist_ok=True)
-    (arguments.results / "learning.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    (arguments.results / "learning.md").write_text(markdown(result), encoding="utf-8")
-    (arguments.results / "learning.svg").write_text(svg(result), encoding="utf-8")
+    texts = {"json": json.dumps(result, indent=1), "md": markdown(result), "svg": svg(result)}
+    for ending, text in texts.items():
+        (arguments.results / f"{arguments.name}.{ending}").write_text(text, encoding="utf-8")
     print(markdown(result))
 
 
