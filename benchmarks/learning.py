@@ -256,7 +256,7 @@ def analyse(out: Path, seeds: list[int], conditions: list[str]) -> dict:
     for condition in conditions:
         runs = [read_rows(out / "rows" / f"{condition.replace(' ', '-')}-{seed}.jsonl") for seed in seeds]
         entry: dict = {mode: summary([run[mode] for run in runs]) for mode in MODES}
-        for mode in ("greedy", "T=1", "forced"):
+        for mode in MODES:
             for kind in ("", *KINDS):
                 after = [run[mode] for run in runs]
                 gains = [score(rows, kind) - score(base[mode], kind) for rows in after]
@@ -332,7 +332,7 @@ def markdown(result: dict) -> str:
     ]  # fmt: skip
     groups = {"base": result["base"]} | result["conditions"]
     for condition, entry in groups.items():
-        for mode in ("greedy", "T=1", "forced"):
+        for mode in MODES:
             row, gain = entry[mode], entry[mode].get("gain all")
             cells = [percent(row[name]) for name in ("all", *KINDS, "reasons")]
             text, each = "-", "-"
@@ -341,17 +341,17 @@ def markdown(result: dict) -> str:
                 text = f"{100 * gain['mean']:+.1f} ({100 * gain['sd']:.1f}) [{low:+.1f}, {high:+.1f}]"
                 each = " ".join(f"{100 * value:+.1f}" for value in gain["per_seed"])
             lines.append(f"| {condition} | {mode} | {' | '.join(cells)} | {text} | {each} |")
-    lines += ["", "Gain per task type, greedy and T = 1:", "", "| condition | mode | " + " | ".join(KINDS) + " |"]
+    lines += ["", "Gain per task type:", "", "| condition | mode | " + " | ".join(KINDS) + " |"]
     lines += ["|---|---|---|---|---|"]
     for condition, entry in result["conditions"].items():
-        for mode in ("greedy", "T=1", "forced"):
+        for mode in MODES:
             found = [entry[mode][f"gain {kind}"] for kind in KINDS]
             cells = [f"{100 * g['mean']:+.1f} [{100 * g['low']:+.1f}, {100 * g['high']:+.1f}]" for g in found]
             lines.append(f"| {condition} | {mode} | {' | '.join(cells)} |")
     lines += ["", "Self-play minus the other conditions, paired by seed and task:", ""]
     lines += ["| condition | mode | difference | per seed |", "|---|---|---|---|"]
     for condition in list(result["conditions"])[1:]:
-        for mode in ("greedy", "T=1", "forced"):
+        for mode in MODES:
             gap = result["conditions"][condition][mode]["self-play minus this"]
             text = f"{100 * gap['mean']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
             lines.append(f"| {condition} | {mode} | {text} | {' '.join(f'{100 * v:+.1f}' for v in gap['per_seed'])} |")
