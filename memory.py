@@ -102,7 +102,7 @@ class Plan:
 
     @property
     def train_peak(self) -> int:
-        """Compare with total - free of the card (the process's RSS on a CPU, there within about 15 %): it holds
+        """Compare with total - free of the card (the process's RSS on a CPU, there within about 20 %): it holds
         more than torch's allocator."""
         return sum(train for train, _ in self.parts.values())
 
