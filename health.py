@@ -21,18 +21,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from buffers import KINDS, Buffer, normalise
-from plots import comparison_table, svg_plot, terminal_plot
-
-__all__ = [
-    "Watch",
-    "alarms",
-    "buffer_metrics",
-    "cell_metrics",
-    "comparison_table",
-    "flags",
-    "svg_plot",
-    "terminal_plot",
-]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics of one step.
@@ -280,11 +268,6 @@ def is_watched(key: str) -> bool:
     """Whether a trend is judged by this metric: those of WATCHED, and accuracy beside entropy."""
     role, name = key.partition("/")[0], key.rpartition("/")[2]
     return role in ("propose", "solve") and (name in WATCHED or name == "accuracy")
-
-
-def alarms(history: Sequence[Mapping]) -> list[str]:
-    """Collapse alarms that ring at the last record of `history` (all records of metrics.jsonl, one per step)."""
-    return Watch(history[:-1]).read(history[-1]) if history else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

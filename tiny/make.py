@@ -105,7 +105,7 @@ def propose_example(rng: random.Random, kind: str) -> tuple[list[str], str]:
     return prompts.propose_prompt(kind, references), respond("python", body, [])
 
 
-# Shares of the six cells, and how often a solver's response reasons, in the two stages of training.
+# Shares of the six cells in the corpus. How often a solver's response reasons is a matter of the stage (STAGES).
 CELLS = (("propose", "abduction", 0.5), ("propose", "deduction", 0.5), ("propose", "induction", 0.6)) + tuple(
     ("solve", kind, 4 if kind == "induction" else 3) for kind in KINDS
 )
