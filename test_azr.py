@@ -160,7 +160,7 @@ def test_an_input_block_may_hold_the_whole_call(text, expected):
 
 
 def test_a_call_with_something_around_it_is_no_input(executor):
-    for text in ("f(1), f(2)", "f(1) or (2)", "f(1) + f(2)", "f(f(1))", "x = f(1)", "f(1)\nf(2)"):
+    for text in ("f(1), f(2)", "f(1) or (2)", "f(1) + f(2)", "f(1) + 2", "f(f(1))", "x = f(1)", "f(1)\nf(2)"):
         answer = prompts.parse_answer("abduction", fence("input", text))
         assert not executor.validate([("def f(*x):\n    return x", [answer])])[0][0].ok
         assert not executor.verify_abduction([("def f(*x):\n    return 1", "1", answer)])[0].correct
