@@ -17,9 +17,11 @@ from itertools import product
 GB, GiB = 10**9, 2**30
 FILL = 0.95  # share of the memory a plan may use; the rest is for fragmentation and other programs
 CONTEXT = 1.2 * GiB  # CUDA context, kernels, allocator slack of this process
-ENGINE = 1.5 * GiB  # CUDA graphs and workspace of the awake engine, beside weights, KV cache and logits
+ENGINE = 1.0 * GiB  # CUDA graphs and workspace of the awake engine, beside weights, cache, prefill and logits
 ASLEEP = 1.0 * GiB  # what a sleeping engine keeps (graphs, buffers)
-HOST_BASE = 0.8 * GB  # Python, torch and transformers themselves, when everything lives in host memory
+HOST_BASE = 0.4 * GB  # Python, torch and transformers themselves, when everything lives in host memory
+HOST_ENGINE = 0.35 * GB  # vLLM's own code and buffers there; it also keeps its weights twice, packed for the products
+HEAP = 1.5  # on a CPU short-lived tensors take half as much again: the C library keeps what was freed, full of holes
 CHUNK = 512  # tokens whose logits exist at the same time in trr.token_logprobs
 ENOUGH_TOKENS = 16384  # larger micro-batches are no faster: the matrix products are saturated; 1/8 is tried as well
 CPU_TOKENS = 4096  # a CPU is saturated long before, and small micro-batches stay nearer to its caches
@@ -28,7 +30,9 @@ GOOD_SEQUENCES, MOST_SEQUENCES = (
     512,
 )  # in flight: below the first decoding slows visibly, above the second it hardly gains
 BATCH_TOKENS = 65536  # of one batch of the transformers engine: longer batches mix short and long rows and gain nothing
-MEAN_FILL = 0.5  # a live sequence is on average half as long as the longest allowed
+PREFILL_TOKENS = 8192  # of prompts that an engine reads at a time: enough to saturate, and it bounds the activations
+MEAN_FILL = 0.25  # vLLM's cache is made for sequences that are on average a quarter as long as the longest allowed,
+LIKELY_FILL = 0.125  # but as many are let in as fit at an eighth: vLLM puts some off if they grow longer
 
 
 def shape(config) -> dict[str, int]:
@@ -102,8 +106,7 @@ class Plan:
 
     @property
     def train_peak(self) -> int:
-        """Compare with total - free of the card (the process's RSS on a CPU, there within about 20 %): it holds
-        more than torch's allocator."""
+        """Compare with total - free of the card, or the process's RSS on a CPU: both hold more than torch's tensors."""
         return sum(train for train, _ in self.parts.values())
 
     @property
@@ -131,6 +134,7 @@ def plan(
     engine: str = "vllm",
     width: int | None = None,
     gradient_bytes: int = 4,
+    max_prompt: int | None = None,
     overrides: Mapping | None = None,
 ) -> Plan:
     """The fastest arrangement that fits.
@@ -138,6 +142,7 @@ def plan(
     `card_bytes`: memory of the card, None for a CPU. `max_len`: longest prompt + response in tokens. `sequences`: most
     sequences of one generate call. `engine`: "vllm" holds its own copy of the weights, "transformers" uses the policy.
     `width`: bytes per weight (None: 2 on a card, 4 on a CPU). `gradient_bytes`: per parameter, of the summed gradients.
+    `max_prompt`: tokens of the longest prompt (None: as long as `max_len`).
     `overrides` fixes any of sleep, offload_optimizer, gradient_checkpointing, token_budget, kv_cache_bytes.
     Raises ValueError with one sentence that says what to lower when nothing fits.
     """
@@ -146,7 +151,7 @@ def plan(
     unknown = set(given) - {"sleep", "offload_optimizer", "gradient_checkpointing", "token_budget", "kv_cache_bytes"}
     if unknown:
         raise ValueError(f"the memory plan has no setting named {', '.join(sorted(unknown))}")
-    fixed = (config, card_bytes, free_host_bytes, sequences, engine, width, gradient_bytes)
+    fixed = (config, card_bytes, free_host_bytes, sequences, engine, width, gradient_bytes, max_prompt or max_len)
     if found := search(*fixed, max_len, given):
         return found
     size = f"{count_parameters(config) / 1e9:.3g} B parameters do not fit"
@@ -165,7 +170,7 @@ def plan(
 
 
 def search(
-    config, card_bytes, free_host_bytes, sequences, engine, width, gradient_bytes, max_len, given
+    config, card_bytes, free_host_bytes, sequences, engine, width, gradient_bytes, max_prompt, max_len, given
 ) -> Plan | None:
     """First arrangement that fits, cheapest first. Sleeping costs about a second a step, offloading moves 24 bytes per
     parameter over the bus (seconds), checkpointing adds a third to the update. A KV cache for fewer sequences slows
@@ -174,8 +179,9 @@ def search(
     s, count, kv_token = shape(config), count_parameters(config), kv_bytes_per_token(config, width)
     limit = int(FILL * (free_host_bytes if cpu else card_bytes))
     weights, states = width * count, (8 if width == 4 else 12) * count  # fp32 weights are their own master
-    least = max_len * kv_token  # the longest sequence alone; no engine starts with less
+    least = (max_len + 32) * kv_token  # the longest sequence alone, in whole blocks: no engine starts with less
     length = max_len * (MEAN_FILL if copy else 1)  # transformers reserves the longest for every row of a batch
+    likely = max_len * (LIKELY_FILL if copy else 1)
     useful = [min(sequences, n) * length for n in (GOOD_SEQUENCES, MOST_SEQUENCES)]
     wanted, most = (max(least, int(n if copy else min(n, BATCH_TOKENS)) * kv_token) for n in useful)
 
@@ -183,26 +189,38 @@ def search(
         saved, backward = activation_bytes(config, tokens, checkpointing, width)
         table = s["vocab"] * s["hidden"]  # its gradient: fp32 sum over chunks, and a bf16 copy when handed on
         head = min(CHUNK, tokens) * s["vocab"] * (8 + width) + (4 if width == 4 else 6) * table
+        heap, twice = (HEAP, 2) if cpu else (1, 1)
         beside = copy and not sleep  # the engine stays while the policy trains
-        sampling = live(kv) * s["vocab"] * 12  # fp32 logits, their softmax and the sampler's copy
-        awake, asleep = (ENGINE, ASLEEP) if copy and not cpu else (0, 0)
+        awake, asleep = (HOST_ENGINE if cpu else ENGINE, 0 if cpu else ASLEEP) if copy else (0, 0)
+        awake += working(kv)
         parts = {
             "policy weights": (weights, weights),
             "optimizer (master and moments)": (0, 0) if offload else (states, states),
             # an offloaded optimizer sums them in the policy's own type, so that 3B fits a 24 GB card
             "gradients": ((width if offload else gradient_bytes) * count, 0),
-            "activations": (saved, 0),
-            # the C library keeps the freed pieces of the last chunk, torch's allocator on a card uses them again
-            "logits chunk and backward": (max(head, backward + width * table) * (2 if cpu else 1), 0),
-            "engine weights": (weights * beside, weights * copy),
-            "KV cache": (kv * beside, kv),
-            "engine workspace": (awake if beside else asleep, awake + sampling),
+            "activations": (saved * heap, 0),
+            "logits chunk and backward": (max(head, backward + width * table) * heap, 0),
+            "engine weights": (weights * twice * beside, weights * twice * copy),
+            "KV cache": (kv * beside, kv if copy else kv * heap),
+            "engine workspace": (awake if beside else asleep, awake),
             "context": (HOST_BASE, HOST_BASE) if cpu else (CONTEXT, CONTEXT),
         }
         return {name: (int(a), int(b)) for name, (a, b) in parts.items() if a or b}
 
     def live(kv: int) -> int:
-        return max(1, min(sequences, 2 * MOST_SEQUENCES, int(kv / (kv_token * length))))
+        """Sequences in flight. Too many for the cache cost a second prefill now and then, too few cost speed always."""
+        most_rows = MOST_SEQUENCES if copy else sequences
+        return max(1, min(sequences, most_rows, int(kv / (kv_token * likely))))
+
+    def working(kv: int) -> float:
+        """What reading prompts and sampling take beside the cache: a layer of the prompt tokens read at a time, and
+        per sequence in flight its logits (vLLM: bf16 and one fp32 copy; transformers: `rollout.sample`)."""
+        if copy:
+            read, token, row = max(PREFILL_TOKENS, max_len if cpu else 0), 3 * s["inner"] + 4 * s["hidden"] + s["q"], 6
+        else:
+            read = min(max(PREFILL_TOKENS, max_prompt), kv / kv_token)
+            token, row = 4 * s["inner"] + 2 * s["hidden"], 20
+        return (read * width * token + live(kv) * s["vocab"] * row) * (HEAP if cpu else 1)
 
     def room(parts: dict) -> tuple[int, int]:
         return limit - sum(a for a, _ in parts.values()), limit - sum(b for _, b in parts.values())
@@ -226,8 +244,8 @@ def search(
             continue
         if "kv_cache_bytes" not in given:  # what is left over goes to the cache, as far as it helps
             spare = min(train_room, rollout_room) if copy and not sleep else rollout_room
-            larger = min(most, kv + spare)
-            kv = max(kv, larger - (live(larger) - live(kv)) * s["vocab"] * 12)
+            larger = min(most, kv + int(spare / (HEAP if cpu else 1)))
+            kv = max(kv, int(larger - (working(larger) - working(kv))))
         without, _ = activation_bytes(config, tokens, False, width)
         why = {
             "sleep": (sleep, "policy and engine do not fit side by side during the update"),

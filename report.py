@@ -17,7 +17,7 @@ import health
 import plots
 from buffers import KINDS
 from memory import GB
-from run import Rollout, Run, peak_bytes
+from run import Rollout, Run
 
 
 def log(run: Run, proposals: list[Rollout], attempts: list[Rollout], measured: dict, seconds: float) -> dict:
@@ -60,7 +60,7 @@ def log(run: Run, proposals: list[Rollout], attempts: list[Rollout], measured: d
 def peaks(run: Run) -> tuple[float, float]:
     """(predicted, measured so far) peak memory in GB, of the card or of this process."""
     predicted = max(run.plan.train_peak, run.plan.rollout_peak)
-    return predicted / GB, peak_bytes(run.policy.device.type) / GB
+    return predicted / GB, run.peak / GB
 
 
 def mean(values) -> float:

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from engine import Completion, Engine, Request, eos_ids, first_line
+from memory import PREFILL_TOKENS
 from vllm_engine import VllmEngine, import_vllm, vllm_build
 
 # Names under which the paper and its readers speak of the models, and the names under which the hub serves them.
@@ -151,11 +152,9 @@ class TransformersEngine(Engine):
         width, owner = max(map(len, prompts)), torch.tensor(owner, device=device)
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        cache = DynamicCache(config=self.policy.config)
         with _compute_in(self.dtype, self.policy):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = self._forward(ids, mask, positions, cache)[owner]
-            cache.batch_select_indices(owner)
+            logits, cache = self._prefill(ids, mask, positions, owner)
             mask, positions = mask[owner], positions[owner, -1:]
             live = torch.arange(len(rows), device=device)  # rows still in the batch
             for t in range(max(limits)):
@@ -185,6 +184,18 @@ class TransformersEngine(Engine):
         ):
             completions.append(Completion(ids[:length], chances[:length] if request.logprobs else None, ended))
         return completions
+
+    def _prefill(self, ids, mask, positions, owner) -> tuple[torch.Tensor, DynamicCache]:
+        """Logits (B, V) and cache of the rows that continue prompt owner[b] each. Prompts are read `PREFILL_TOKENS` at
+        a time: the activations of a whole batch of them would be larger than its cache."""
+        logits, caches = [], []
+        for part in torch.arange(len(ids), device=ids.device).split(max(1, PREFILL_TOKENS // ids.shape[1])):
+            caches.append(DynamicCache(config=self.policy.config))
+            logits.append(self._forward(ids[part], mask[part], positions[part], caches[-1]))
+        for layers in zip(*(cache.layers for cache in caches), strict=True):
+            layers[0].keys = torch.cat([layer.keys for layer in layers])[owner]
+            layers[0].values = torch.cat([layer.values for layer in layers])[owner]
+        return torch.cat(logits)[owner], caches[0]
 
     def _forward(self, ids, mask, positions, cache) -> torch.Tensor:
         """Logits of the last position, (B, V) fp32; those of the prompt are never computed."""

@@ -82,6 +82,7 @@ class Run:
     step: int = 0
     halfway: bool = False  # the policy may be in the middle of an update: not a state to save
     seconds: Counter = field(default_factory=Counter)  # per phase of the current step
+    peak: int = 0  # most bytes held so far, to set beside the plan's peak
     history: list[dict] = field(default_factory=list)  # records of metrics.jsonl: step 0 and those with an evaluation
     watch: health.Watch = field(default_factory=health.Watch)  # has read all of them
     board: object = None  # the TensorBoard writer, once there is something to write
@@ -104,11 +105,12 @@ def make_rollout(run: Run, role: str, kind: str, step: int, text: str, **more) -
 
 @contextlib.contextmanager
 def phase(run: Run, name: str, total: int) -> Iterator[tqdm]:
-    """A progress bar for one phase of a step; its seconds go into the step's record."""
+    """A progress bar for one phase of a step; its seconds and what it held of the memory go into the step's record."""
     began = time.perf_counter()
     with tqdm(total=total, desc=f"step {run.step + 1} {name}", leave=False, disable=None) as bar:
         yield bar
     run.seconds[name] += time.perf_counter() - began
+    run.peak = max(run.peak, held_bytes(run.policy.device.type))
 
 
 @contextlib.contextmanager
@@ -154,6 +156,7 @@ def describe(config: Config) -> memory.Plan:
         sequences=cells * (config.rollouts + 1),
         engine=engine,
         width=4 if dtype == "float32" else 2,
+        max_prompt=config.max_prompt,
         overrides=overrides | ({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
     )
     print(
@@ -162,6 +165,8 @@ def describe(config: Config) -> memory.Plan:
         f"{cells * (config.rollouts + 2)} rollouts of at most {config.max_response} tokens"
     )
     print(plan.describe())
+    disk = plan.parameters * (14 if dtype == "bfloat16" else 12) / memory.GB  # weights, masters, two moments
+    print(f"a checkpoint, every {config.save_every} steps: {disk:.3g} GB on disk, twice that while the next is written")
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     known = next((key for key in memory.DEVICES if key in name), None)
     if known:
@@ -188,12 +193,13 @@ def free_host_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def peak_bytes(device: str) -> int:
-    """Most memory this process has held so far, to set beside the plan's peak: of the card as the driver counts it
-    (context and graphs too), resident in host memory on a CPU."""
+def held_bytes(device: str) -> int:
+    """Bytes held of the card, as the driver counts them: at the end of a phase torch's cache still has the phase's peak
+    (torch's own counts go on including the memory of an engine that sleeps). On a CPU the most this process has had
+    resident so far."""
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
-        return torch.cuda.max_memory_reserved() + total - free - torch.cuda.memory_reserved()
+        return total - free
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would also count what the parent held when it started this process
         return next(int(x.split()[1]) for x in status.read_text().splitlines() if x.startswith("VmHWM")) * 1024

@@ -145,7 +145,7 @@ def test_a_plan_never_exceeds_its_limit(card_gb, engine, config):
             continue
         assert max(found.train_peak, found.rollout_peak) <= found.limit < card_gb * GB
         assert found.token_budget >= max_len
-        assert found.kv_cache_bytes >= max_len * kv_bytes_per_token(config)
+        assert found.kv_cache_bytes // kv_bytes_per_token(config) // 16 * 16 > max_len  # in whole blocks, one unused
         assert found.host_bytes <= 100 * GB
         if engine == "transformers":
             assert not found.sleep and "engine weights" not in found.parts
@@ -156,6 +156,18 @@ def test_a_cpu_holds_fp32_weights_gradients_and_moments_and_no_second_copy():
     held = sum(found.parts[name][0] for name in ("policy weights", "gradients", "optimizer (master and moments)"))
     assert held == 16 * found.parameters
     assert found.device == "cpu" and not (found.sleep or found.offload_optimizer)
+
+
+def test_the_rollout_phase_counts_what_reading_prompts_and_sampling_take():
+    s = memory.shape(CODER_3B)
+    settings = {"engine": "transformers", "max_len": 20_000}
+    short, long = (chosen(80, max_prompt=tokens, **settings) for tokens in (2048, 16384))
+    assert short.kv_cache_bytes == long.kv_cache_bytes
+    layer = (16384 - memory.PREFILL_TOKENS) * 2 * (4 * s["inner"] + 2 * s["hidden"])  # one layer of longer prompts
+    assert long.rollout_peak - short.rollout_peak == pytest.approx(layer, rel=0.01)
+    busy, idle = (chosen(80, sequences=count, overrides={"kv_cache_bytes": 8 * GB}) for count in (400, 100))
+    assert (busy.max_num_seqs, idle.max_num_seqs) == (400, 100)
+    assert busy.rollout_peak - idle.rollout_peak == pytest.approx(300 * s["vocab"] * 6, rel=0.01)  # their logits
 
 
 def test_overrides_are_kept_and_named():

@@ -100,6 +100,19 @@ def test_batches_and_their_order_do_not_change_what_a_row_draws(loaded):
     assert ids == [[c.token_ids for c in group] for group in single_rows]
 
 
+def test_prompts_read_in_pieces_give_the_same_answers(loaded, monkeypatch):
+    prompts = prompts_of([5, 30, 12, 40, 7, 21])
+    call = {"max_new_tokens": 25, "n": [1, 3, 2, 1, 4, 1], "seed": 3, "logprobs": True}
+    at_once = engine_of(loaded, token_budget=10**6).generate(prompts, **call)
+    sizes, forward = [], TransformersEngine._forward
+    monkeypatch.setattr(TransformersEngine, "_forward", lambda *a: sizes.append(a[1].numel()) or forward(*a))
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 100)  # two rows of 40 at a time
+    in_pieces = engine_of(loaded, token_budget=10**6).generate(prompts, **call)
+    assert sizes[:3] == [80, 80, 80] and max(sizes) == 80
+    for one, other in zip(sum(at_once, []), sum(in_pieces, []), strict=True):
+        assert one.token_ids == other.token_ids and one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
 def test_greedy_is_the_argmax_of_plain_forward_passes(loaded):
     policy, _ = loaded
     for prompt, [answer] in zip(

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine import Completion, Engine, first_line
+from memory import PREFILL_TOKENS
 
 # First and last vLLM release whose weight reload this module knows; outside of it the engine refuses to start.
 VLLM_VERSIONS = ("0.26", "0.33")
@@ -61,9 +62,11 @@ class VllmEngine(Engine):
             # vLLM wants this share of the card to be free at start, even where the cache's size is given.
             free, total = torch.cuda.mem_get_info()
             options = {"gpu_memory_utilization": round(0.95 * free / total, 3), "enable_sleep_mode": self.can_sleep}
+            options |= {"max_num_batched_tokens": PREFILL_TOKENS}
         else:
             # Chunked prefill with per-request seeds crashes vLLM's CPU sampler; eager is all that the CPU build needs.
             options = {"enforce_eager": True, "enable_chunked_prefill": False}
+            options |= {"max_num_batched_tokens": max(max_model_len, PREFILL_TOKENS)}
         try:
             with undisturbed_process():  # vLLM imports most of itself at first use of a name
                 self.sampling_params = vllm.SamplingParams
@@ -75,7 +78,6 @@ class VllmEngine(Engine):
                     dtype=dtype,
                     max_model_len=max_model_len,
                     max_num_seqs=max_num_seqs,
-                    max_num_batched_tokens=max(max_model_len, 8192),
                     kv_cache_memory_bytes=kv_cache_bytes,
                     enable_prefix_caching=True,
                     generation_config="vllm",
@@ -138,6 +140,7 @@ class VllmEngine(Engine):
         self.fresh = False
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pushed})
         if "kv_cache" in self.sleeping:  # taken back only now: the reload needs the memory for its copies
+            torch.cuda.empty_cache()
             self.llm.wake_up(tags=["kv_cache"])
             self.sleeping.remove("kv_cache")
         if not self.llm.reset_prefix_cache():
