@@ -94,7 +94,8 @@ def load(run_dir: Path, policy, optimizer, capacity: int) -> tuple[int, dict[str
     policy's weights were read from RUN/checkpoint already. Raises ValueError naming the broken file and the remedy."""
     folder = run_dir / "checkpoint"
     try:
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        # mapped: an offloaded optimizer fills host memory already, and its saved states are as large again
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(state["optimizer"])
     except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(

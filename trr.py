@@ -247,6 +247,9 @@ def segment_attention(module, query, key, value, attention_mask, scaling=None, s
 
 
 AttentionInterface.register("segments", segment_attention)
+# On Hopper cards torch prefers cuDNN's attention, which plans anew (about a second) for every new row length, and here
+# hardly two are equal (huggingface/transformers#48163). The flash kernel needs no plan.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def can_pack(policy: PreTrainedModel) -> bool:

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import memory
 from executor import Executor
 from optimizer import MasterAdamW
-from rollout import load_policy, make_engine
-from run import peak_bytes
+from rollout import choose_engine, load_policy, make_engine
+from run import held_bytes
 from trr import Sample, update
 
 QWEN = dict(vocab_size=151936, num_key_value_heads=2, max_position_embeddings=32768, rope_theta=1e6)
@@ -125,13 +125,16 @@ def one_step(number: int, options, policy, optimizer, engine, executor, plan) ->
     call = dict(max_new_tokens=options.response, seed=number)
 
     def prompts(count: int) -> list[list[int]]:
-        return torch.randint(1, engine.vocab_size, (count, options.prompt), generator=draw).tolist()
+        lengths = torch.randint(options.prompt // 2, options.prompt + 1, (count,), generator=draw).tolist()
+        return [torch.randint(1, engine.vocab_size, (length,), generator=draw).tolist() for length in lengths]
 
     asked, tasks = prompts(options.proposals), prompts(options.proposals + options.solves)
     seconds["propose"], proposed = timed(device, engine.generate, asked, logprobs=True, **call)
     count = [options.samples] * options.proposals + [1] * options.solves
     trains = [False] * options.proposals + [True] * options.solves  # learnability rollouts do not train
     seconds["solve"], solved = timed(device, engine.generate, tasks, n=count, logprobs=trains, **call)
+
+    held = held_bytes(device)
 
     programs = [PROGRAMS[i % len(PROGRAMS)] for i in range(options.proposals)]
     answers = [(program, "0", arguments) for program, arguments in programs for _ in range(options.samples)]
@@ -140,16 +143,18 @@ def one_step(number: int, options, policy, optimizer, engine, executor, plan) ->
     seconds["execute"] = validating + verifying
 
     rows = [*zip(asked, proposed, strict=True), *list(zip(tasks, solved, strict=True))[options.proposals :]]
-    samples = [
-        Sample(prompt, group[0].token_ids, 1.0 if i % 2 else -1.0, group[0].logprobs)
-        for i, (prompt, group) in enumerate(rows)
-    ]
+    samples = []
+    for i, (prompt, [response, *_]) in enumerate(rows):  # random weights never stop: the lengths are mixed by cutting
+        length = int(torch.randint(options.response // 4, options.response + 1, (1,), generator=draw))
+        kept = response.token_ids[:length], response.logprobs[:length]
+        samples.append(Sample(prompt, kept[0], 1.0 if i % 2 else -1.0, kept[1]))
     engine.sleep()
     correction = None if engine.is_policy else 2.0
     settings = dict(lr=1e-6, token_budget=plan.token_budget, tis_cap=correction)
     began = now(device, arithmetic_clock(device))
     seconds["update"], result = timed(device, update, policy, optimizer, samples, **settings)
     arithmetic = now(device, arithmetic_clock(device)) - began
+    held = max(held, held_bytes(device))
     seconds["sync"], _ = timed(device, engine.sync, policy)
     print({name: round(value, 3) for name, value in seconds.items()}, f"mismatch {result.mismatch:.4f}", flush=True)
     generated = sum(len(completion.token_ids) for group in proposed + solved for completion in group)
@@ -157,6 +162,7 @@ def one_step(number: int, options, policy, optimizer, engine, executor, plan) ->
         "generated_per_s": generated / (seconds["propose"] + seconds["solve"]),
         "trained_per_s": result.trained_tokens / seconds["update"],
         "useful_flops_per_s": useful_flops(policy.config, samples) / arithmetic,
+        "held": held,
     }
     if engine.name == "vllm":  # the same work without this project's code
         requests = [{"prompt_token_ids": ids} for ids in prompts(len(tasks))]
@@ -191,8 +197,9 @@ def main() -> None:
     card = None
     if device == "cuda":
         total = torch.cuda.mem_get_info()[1]
-        card = int(options.memory * memory.GB) if options.memory else total
-        torch.cuda.set_per_process_memory_fraction(min(1.0, card / total))
+        card = min(total, int(options.memory * memory.GB)) if options.memory else total
+    # Taken away from the card for good: torch's own limit would go on counting the memory of an engine that sleeps.
+    ballast = torch.empty(total - card if card else 0, dtype=torch.uint8, device=device)
     host = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     rollouts = options.proposals * options.samples + options.solves
     plan = memory.plan(
@@ -201,7 +208,8 @@ def main() -> None:
         free_host_bytes=host,
         max_len=options.prompt + options.response,
         sequences=rollouts,
-        engine="transformers" if options.engine == "transformers" else "vllm",
+        engine=choose_engine(options.engine),
+        max_prompt=options.prompt,
     )
     print(plan.describe(), flush=True)
     if options.model and not options.random_init:
@@ -261,7 +269,7 @@ def main() -> None:
         "roofline_tflops": round(roofline / 1e12, 3),
         "peak_gb": {
             "predicted": round(max(plan.train_peak, plan.rollout_peak) / memory.GB, 2),
-            "measured": round(peak_bytes(device) / memory.GB, 2),
+            "measured": round((max(run["held"] for run in runs) - ballast.nbytes) / memory.GB, 2),
         },
         "paper_step_s": {name: round(value, 1) for name, value in {**paper, "sum": sum(paper.values())}.items()},
         "parameters": memory.count_parameters(config),

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from logprobs import token_logprobs
 from optimizer import MasterAdamW
-from run import peak_bytes
+from run import held_bytes
 from trr import Sample, update
 
 LR, GRAD_CLIP = 1e-6, 1.0
@@ -208,13 +208,13 @@ def memory_of(way: str, options) -> int:
     weight.requires_grad_()
     targets = torch.randint(options.memory_vocab, (options.memory_tokens,)).to(options.device)
     cuda = options.device == "cuda"
-    before = torch.cuda.memory_allocated() if cuda else peak_bytes("cpu")
+    before = torch.cuda.memory_allocated() if cuda else held_bytes("cpu")
     if way == "ours":
         logprob, _ = token_logprobs(hidden, weight, targets)
     else:  # nothing kept alive by name, no entropy: the leanest full-logits form
         logprob = torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, targets[:, None])
     logprob.mean().backward()
-    return (torch.cuda.max_memory_allocated() if cuda else peak_bytes("cpu")) - before
+    return (torch.cuda.max_memory_allocated() if cuda else held_bytes("cpu")) - before
 
 
 def compare_memory(options) -> dict:
