@@ -30,9 +30,15 @@ import rollout
 import trr
 from buffers import KINDS, Buffer, Task, load_tasks, save_tasks, zero_task
 from config import parse
+from engine import first_line
 from executor import Executor, Judgement, Result
 from optimizer import learning_rate
-from run import Rollout, Run, describe, make_rollout, phase, start, uninterrupted
+from run import Rollout, Run, describe, make_rollout, phase, ran_out_of_memory, start, uninterrupted
+
+
+class SetupError(ValueError):
+    """The run cannot go on with this model or these settings."""
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop (Algorithm 1)
@@ -85,7 +91,7 @@ def proposal_prompt(run: Run, kind: str, rng: random.Random, step: int) -> Rollo
             proposal = make_rollout(run, "propose", kind, step, text, references=references)
             if len(proposal.prompt_ids) <= config.max_prompt:
                 return proposal
-    raise ValueError(f"--max-prompt {config.max_prompt} is too short for a {kind} proposal; raise it")
+    raise SetupError(f"--max-prompt {config.max_prompt} is too short for {kind} proposals; raise it")
 
 
 def draw_program(run: Run, rng: random.Random) -> Task:
@@ -309,13 +315,9 @@ def admit(run: Run, proposals: list[Rollout]) -> None:
 # Seeding (paper section 3.3.1): no gradient, from the zero triplet alone
 
 
-class SeedingError(ValueError):
-    """The model could not fill the buffers."""
-
-
 def seed_buffers(run: Run) -> None:
     """Fill the buffers with S x B tasks per type that the model itself proposed. Abduction and deduction share their
-    seeds. Raises SeedingError with counts and causes when the model is too weak."""
+    seeds. Raises SetupError with counts and causes when the model is too weak."""
     config = run.config
     wanted = config.batch * config.seed_factor
     pairs, described = Buffer(wanted), Buffer(wanted)
@@ -339,7 +341,7 @@ def seed_buffers(run: Run) -> None:
         run.buffers["induction"].add(task)
     empty = [kind for kind in config.kinds if not len(run.buffers[kind])]
     if empty:
-        raise SeedingError(f"{source} holds no seeds for {', '.join(empty)}; seed again without --seeds")
+        raise SetupError(f"{source} holds no seeds for {', '.join(empty)}; seed again without --seeds")
 
 
 def share_seeds(run: Run, pairs: Buffer) -> None:
@@ -356,7 +358,7 @@ def fill(run: Run, seeds: Buffer, kinds: tuple[str, ...], wanted: int) -> None:
         while len(seeds) < wanted:
             if sum(causes.values()) >= wanted * config.seed_limit:
                 reasons = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
-                raise SeedingError(
+                raise SetupError(
                     f"the model is too weak to seed the buffers: {causes['ok']} of {sum(causes.values())} proposals "
                     f"were valid and new, {wanted} are needed ({reasons}); use --seeds FILE, a lower --batch or "
                     "--seed-factor, --template chat for an instruct model, or a stronger model"
@@ -436,6 +438,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"azr.py: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        print(f"azr.py: out of memory at the start ({first_line(error)}); lower --memory, or choose a smaller --model",
+              file=sys.stderr)  # fmt: skip
+        return 2
     with run.executor:
         try:
             if not run.history:
@@ -445,13 +453,17 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             stopped(run)
             return 130
-        except torch.OutOfMemoryError as error:
-            flag = "--token-budget or --max-response" if "update" in run.seconds else "--rollouts or --max-response"
-            print(f"azr.py: out of memory ({str(error).splitlines()[0]}); lower {flag}, then --resume {run.folder}",
-                  file=sys.stderr)  # fmt: skip
-            return 2
-        except (OSError, SeedingError) as error:
+        except (OSError, ValueError) as error:
+            if run.history and isinstance(error, ValueError) and not isinstance(error, SetupError):
+                raise  # once it has begun, what was typed is in order: a fault of this program
             print(f"azr.py: {error}", file=sys.stderr)
+            return 2
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            flag = f"--token-budget (now {run.plan.token_budget})" if run.phase == "update" else "--memory"
+            print(f"azr.py: out of memory in {run.phase} ({first_line(error)}); lower {flag} or --max-response, then "
+                  f"--resume {run.folder}", file=sys.stderr)  # fmt: skip
             return 2
     print(f"smoke ok: {run.step} steps, run folder {run.folder}" if extra.smoke else f"run folder: {run.folder}")
     return 0

@@ -154,7 +154,12 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     Order: defaults, then the preset, then what was typed. Raises ValueError with one sentence on a wrong value;
     argparse itself exits with code 2 on an unknown flag."""
     parser = argparse.ArgumentParser(prog="azr.py", description="Absolute Zero Reasoner: self-play on one GPU.")
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder with its own configuration")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="continue the run in this folder with its own configuration; only some flags may differ, "
+        "above all --steps and what lowers memory",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan (engine, rollouts, memory, time) and stop"
     )
@@ -181,20 +186,24 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     return config, extra
 
 
+# With --resume: how long, how often saved, and what makes it fit where memory ran out.
+CHANGEABLE = ("steps", "save_every", "memory", "token_budget", "gradient_checkpointing", "max_response")
+
+
 def resumed(run_dir: Path, typed: dict) -> Config:
-    """The configuration of an earlier run. Only --steps may change; anything else would make it another run."""
+    """The configuration of an earlier run. What else than `CHANGEABLE` may not change: it would be another run."""
     path = run_dir / "config.json"
     if not path.exists():
         raise ValueError(f"{run_dir} is not a run folder: it has no config.json; give the folder of an earlier run")
     saved = json.loads(path.read_text(encoding="utf-8"))["config"]
     config = Config(**{item.name: saved[item.name] for item in fields(Config) if item.name in saved})
     for name, value in typed.items():
-        if name not in ("steps", "out") and value != getattr(config, name):
+        if name not in (*CHANGEABLE, "out") and value != getattr(config, name):
             raise ValueError(
                 f"{flag(name)} {value!r} differs from {getattr(config, name)!r} in {path}; "
                 "start a new run, or resume without the flag"
             )
-    config.steps = typed.get("steps", config.steps)
+        setattr(config, name, value)
     config.out = str(run_dir)
     config.validate()
     return config

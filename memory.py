@@ -21,7 +21,9 @@ ENGINE = 1.0 * GiB  # CUDA graphs and workspace of the awake engine, beside weig
 ASLEEP = 1.0 * GiB  # what a sleeping engine keeps (graphs, buffers)
 HOST_BASE = 0.4 * GB  # Python, torch and transformers themselves, when everything lives in host memory
 HOST_ENGINE = 0.35 * GB  # vLLM's own code and buffers there; it also keeps its weights twice, packed for the products
-HEAP = 1.5  # on a CPU short-lived tensors take half as much again: the C library keeps what was freed, full of holes
+HEAP = (
+    1.4  # on a CPU short-lived tensors take so much more: the C library keeps what was freed, and it is full of holes
+)
 CHUNK = 512  # tokens whose logits exist at the same time in trr.token_logprobs
 ENOUGH_TOKENS = 16384  # larger micro-batches are no faster: the matrix products are saturated; 1/8 is tried as well
 CPU_TOKENS = 4096  # a CPU is saturated long before, and small micro-batches stay nearer to its caches
@@ -192,7 +194,6 @@ def search(
         heap, twice = (HEAP, 2) if cpu else (1, 1)
         beside = copy and not sleep  # the engine stays while the policy trains
         awake, asleep = (HOST_ENGINE if cpu else ENGINE, 0 if cpu else ASLEEP) if copy else (0, 0)
-        awake += working(kv)
         parts = {
             "policy weights": (weights, weights),
             "optimizer (master and moments)": (0, 0) if offload else (states, states),
@@ -202,7 +203,7 @@ def search(
             "logits chunk and backward": (max(head, backward + width * table) * heap, 0),
             "engine weights": (weights * twice * beside, weights * twice * copy),
             "KV cache": (kv * beside, kv if copy else kv * heap),
-            "engine workspace": (awake if beside else asleep, awake),
+            "engine workspace": (awake if beside else asleep, awake + working(kv)),
             "context": (HOST_BASE, HOST_BASE) if cpu else (CONTEXT, CONTEXT),
         }
         return {name: (int(a), int(b)) for name, (a, b) in parts.items() if a or b}

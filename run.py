@@ -81,6 +81,7 @@ class Run:
     buffers: dict[str, Buffer]
     step: int = 0
     halfway: bool = False  # the policy may be in the middle of an update: not a state to save
+    phase: str = ""  # the one that runs now
     seconds: Counter = field(default_factory=Counter)  # per phase of the current step
     peak: int = 0  # most bytes held so far, to set beside the plan's peak
     history: list[dict] = field(default_factory=list)  # records of metrics.jsonl: step 0 and those with an evaluation
@@ -106,7 +107,7 @@ def make_rollout(run: Run, role: str, kind: str, step: int, text: str, **more) -
 @contextlib.contextmanager
 def phase(run: Run, name: str, total: int) -> Iterator[tqdm]:
     """A progress bar for one phase of a step; its seconds and what it held of the memory go into the step's record."""
-    began = time.perf_counter()
+    began, run.phase = time.perf_counter(), name
     with tqdm(total=total, desc=f"step {run.step + 1} {name}", leave=False, disable=None) as bar:
         yield bar
     run.seconds[name] += time.perf_counter() - began
@@ -132,6 +133,11 @@ def uninterrupted(run: Run) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
     if caught:
         raise KeyboardInterrupt
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory: on a card it raises a class of its own, in host memory only the text says so."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -429,7 +429,7 @@ def test_a_run_leaves_everything_behind_and_parameters_change(whole_run):
     records = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     timing = [json.loads(line) for line in (whole_run / "timing.jsonl").read_text().splitlines()]
-    assert all(0.1 < line["peak_gb"] < 10 and line["predicted_peak_gb"] > 0.1 for line in timing)
+    assert all(0.5 < line["peak_gb"] / line["predicted_peak_gb"] < 1.5 for line in timing)
     before, after = load_file(TINY_MODEL / "model.safetensors"), load_file(whole_run / "checkpoint/model.safetensors")
     assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
     tasks = [json.loads(line) for line in (whole_run / "tasks.jsonl").read_text().splitlines()]
@@ -548,6 +548,26 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(capsys, arguments, words)
     assert words in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--max-prompt", "50"], "--max-prompt 50 is too short"),
+        (["--seeds", "bad.jsonl"], "bad.jsonl, line 1"),
+        (["--seeds", "missing.jsonl"], "missing.jsonl"),
+        (["--eval-every", "1", "--eval-suites", "divination"], "choose from humaneval"),
+        (["--eval-every", "1", "--eval-suites", "tasks:missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_what_turns_out_wrong_before_the_first_step_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    seeds = [] if "--seeds" in arguments or "--max-prompt" in arguments else ["--seeds", "seeds.jsonl"]
+    save_tasks(tmp_path / "seeds.jsonl", [zero_task(kind) for kind in KINDS])
+    assert azr.main([*SMALL, *seeds, "--steps", "1", "--out", "r", *arguments]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("azr.py: ") and words in message
+
+
 def test_a_run_of_another_model_is_refused(whole_run, capsys):
     assert azr.main(["--resume", str(whole_run), "--model", "other/model"]) == 2
     assert "start a new run" in capsys.readouterr().err
@@ -567,6 +587,28 @@ def test_a_broken_trainer_state_says_what_to_do(whole_run, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:1000])
     assert azr.main(["--resume", str(tmp_path / "r"), "--steps", "4"]) == 2
     assert "trainer.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place, words", [("_decode", "propose .*--memory"), ("update", "update .*--token-budget")])
+def test_out_of_memory_names_the_flag_to_lower_and_leaves_the_checkpoint(
+    whole_run, tmp_path, capsys, monkeypatch, place, words
+):
+    """The error is the allocator's own, raised in the middle of a step."""
+    shutil.copytree(whole_run, tmp_path / "r", symlinks=True)
+    with monkeypatch.context() as patch:
+        where = azr.trr if place == "update" else azr.rollout.TransformersEngine
+        patch.setattr(where, place, lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
+        assert azr.main(["--resume", str(tmp_path / "r"), "--steps", "4"]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(f"out of memory in {words} .*--max-response, then --resume", message)
+    assert azr.main(["--resume", str(tmp_path / "r"), "--steps", "4", "--token-budget", "512"]) == 0
+    assert "step 4/4" in capsys.readouterr().out
+
+
+def test_out_of_memory_while_loading_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(azr, "start", lambda *_: torch.empty(1 << 50, dtype=torch.uint8))
+    assert azr.main(["--out", str(tmp_path / "r")]) == 2
+    assert "choose a smaller --model" in capsys.readouterr().err
 
 
 def test_the_paper_spelling_of_a_model_is_understood():

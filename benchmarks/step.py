@@ -164,13 +164,17 @@ def one_step(number: int, options, policy, optimizer, engine, executor, plan) ->
         "useful_flops_per_s": useful_flops(policy.config, samples) / arithmetic,
         "held": held,
     }
-    if engine.name == "vllm":  # the same work without this project's code
-        requests = [{"prompt_token_ids": ids} for ids in prompts(len(tasks))]
-        sampling = [
-            engine.sampling_params(n=n, temperature=1.0, max_tokens=options.response, seed=number) for n in count
-        ]
-        alone, outputs = timed(device, engine.llm.generate, requests, sampling, use_tqdm=False)
-        rates["vllm_alone"] = sum(len(sample.token_ids) for output in outputs for sample in output.outputs) / alone
+    if engine.name == "vllm":  # the same two calls without this project's code
+        alone, tokens = 0.0, 0
+        for counts in ([1] * len(asked), count):
+            requests = [{"prompt_token_ids": ids} for ids in prompts(len(counts))]
+            sampling = [
+                engine.sampling_params(n=n, temperature=1.0, max_tokens=options.response, seed=number) for n in counts
+            ]
+            took, outputs = timed(device, engine.llm.generate, requests, sampling, use_tqdm=False)
+            alone += took
+            tokens += sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+        rates["vllm_alone"] = tokens / alone
     return seconds | rates
 
 
@@ -181,15 +185,19 @@ def main() -> None:
     parser.add_argument("--model", help="a Hugging Face folder with weights, instead of --config")
     parser.add_argument("--engine", choices=["auto", "vllm", "transformers"], default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--memory", type=float, help="GB of the card that may be used; the process is held to it")
     parser.add_argument("--proposals", type=int, default=192 if torch.cuda.is_available() else 6)
     parser.add_argument("--solves", type=int, default=192 if torch.cuda.is_available() else 6)
     parser.add_argument("--samples", type=int, default=8 if torch.cuda.is_available() else 2, help="G")
     parser.add_argument("--prompt", type=int, default=512 if torch.cuda.is_available() else 96, help="tokens")
     parser.add_argument("--response", type=int, default=512 if torch.cuda.is_available() else 48, help="tokens")
+    parser.add_argument(
+        "--token-budget", type=int, default=None if torch.cuda.is_available() else 512, help="of a micro-batch"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    device, dtype = options.device, "bfloat16" if options.device == "cuda" else "float32"
+    device, dtype = options.device, options.dtype
 
     executor = Executor()  # first: its servers should start while this process is small
     scratch = tempfile.TemporaryDirectory()
@@ -209,7 +217,9 @@ def main() -> None:
         max_len=options.prompt + options.response,
         sequences=rollouts,
         engine=choose_engine(options.engine),
+        width=4 if dtype == "float32" else 2,
         max_prompt=options.prompt,
+        overrides={"token_budget": options.token_budget},
     )
     print(plan.describe(), flush=True)
     if options.model and not options.random_init:
