@@ -11,14 +11,14 @@ Paper: arXiv 2505.03335, Algorithm 1 and sections 3.1 to 3.3. Configuration: con
 """
 
 import random
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import checkpoint
@@ -61,8 +61,9 @@ def train(run: Run) -> None:
             if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
                 update |= evaluate_policy(run)
             record = report.log(run, proposals, attempts, update, time.perf_counter() - began)
-            save(run, record)
-        if config.stop_on_collapse and record["alarms"]:
+            collapsed = config.stop_on_collapse and bool(record["alarms"])
+            save(run, record, last=collapsed or step == config.steps)
+        if collapsed:
             print(f"stopped by --stop-on-collapse after step {step}; the checkpoint is in {run.folder / 'checkpoint'}")
             break
 
@@ -129,10 +130,10 @@ def validate(run: Run, proposals: list[Rollout], whole_response: bool = False) -
             id=f"{proposal.step}-{proposal.kind}-{number}",
             references=[reference.id for reference in proposal.references],
         )
-        if len(solve_rollout(run, task, proposal.step).prompt_ids) > config.max_prompt:
-            proposal.verdict = "prompt_too_long"
-        else:
+        if fits(run, task):
             proposal.task = task
+        else:
+            proposal.verdict = "prompt_too_long"
 
 
 def judge_proposal(program: str, parts: prompts.Proposal, outcome: list[Result]) -> str:
@@ -142,7 +143,7 @@ def judge_proposal(program: str, parts: prompts.Proposal, outcome: list[Result])
             return str(result.verdict)
         if result.output == "None":
             return "returns_none"
-    lines = [line.strip() for line in program.splitlines() if line.strip() and not line.startswith("def ")]
+    lines = [line.strip() for line in program.splitlines() if not re.fullmatch(r"(def .*:)?\s*", line)]
     if parts.message and ("def f" in parts.message or all(line in parts.message for line in lines)):
         return "message_has_code"
     return "ok"
@@ -164,6 +165,11 @@ def solve(run: Run, proposals: list[Rollout], step: int) -> list[Rollout]:
         chosen += old + rng.choices(old or chosen, k=config.batch - len(chosen) - len(old))
         attempts += [solve_rollout(run, task, step) for task in chosen]
     return generate(run, "solve", attempts, step)
+
+
+def fits(run: Run, task: Task) -> bool:
+    """Whether the prompt to solve a task is within --max-prompt."""
+    return len(solve_rollout(run, task, task.step).prompt_ids) <= run.config.max_prompt
 
 
 def solve_rollout(run: Run, task: Task, step: int, count: int = 1, trains: bool = True) -> Rollout:
@@ -198,8 +204,7 @@ def generate(run: Run, name: str, wanted: list[Rollout], step: int) -> list[Roll
         for completion in group:
             response = run.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             parts = prompts.split_response(response)
-            fresh = {"completion": completion, "response": response, "parts": parts, "count": 1}
-            answered.append(Rollout(**{**item.__dict__, **fresh}))
+            answered.append(replace(item, completion=completion, response=response, parts=parts, count=1))
     return answered
 
 
@@ -250,11 +255,10 @@ def give_rewards(run: Run, proposals: list[Rollout], attempts: list[Rollout], st
     rows = [item for item in [*proposals, *attempts] if item.trains]
     if config.control == "shuffle":
         shuffle_rewards(rows, run.rng(step, "shuffle"))
-    cells = {cell: number for number, cell in enumerate(sorted({(item.role, item.kind) for item in rows}))}
     advantages = trr.whiten(
-        torch.tensor([item.reward for item in rows]),
-        torch.tensor([cells[item.role, item.kind] for item in rows]),
-        torch.tensor([len(item.completion.token_ids) for item in rows]),
+        [item.reward for item in rows],
+        [(item.role, item.kind) for item in rows],
+        [len(item.completion.token_ids) for item in rows],
         config.advantage_weighting,
     )
     for item, advantage in zip(rows, advantages.tolist(), strict=True):
@@ -280,7 +284,7 @@ def learn(run: Run, rollouts: list[Rollout], step: int) -> dict:
         trr.Sample(item.prompt_ids, item.completion.token_ids, item.advantage, item.completion.logprobs)
         for item in rows
     ]
-    with phase(run, "update", sum(len(item.completion.token_ids) for item in rows)) as bar:
+    with phase(run, "update", sum(map(len, samples))) as bar:
         result = trr.update(
             run.policy,
             run.optimizer,
@@ -288,6 +292,7 @@ def learn(run: Run, rollouts: list[Rollout], step: int) -> dict:
             lr=learning_rate(step - 1, config.lr, config.warmup, config.steps, config.lr_decay),
             clip_low=config.clip_low,
             clip_high=config.clip_high,
+            minibatches=config.minibatches,
             loss_mean=config.loss_mean,
             entropy_coef=config.entropy_coef,
             tis_cap=config.importance_cap or None,
@@ -325,7 +330,8 @@ def seed_buffers(run: Run) -> None:
     source = Path(config.seeds) if config.seeds else own
     if config.seeds or own.exists():
         for task in load_tasks(source):
-            (described if task.kind == "induction" else pairs).add(task)
+            if fits_both_ways(run, task):
+                (described if task.kind == "induction" else pairs).add(task)
     else:
         pairs.add(zero_task("deduction"))
         fill(run, pairs, ("abduction", "deduction"), wanted)
@@ -341,14 +347,23 @@ def seed_buffers(run: Run) -> None:
         run.buffers["induction"].add(task)
     empty = [kind for kind in config.kinds if not len(run.buffers[kind])]
     if empty:
-        raise SetupError(f"{source} holds no seeds for {', '.join(empty)}; seed again without --seeds")
+        raise SetupError(
+            f"{source} holds no seeds for {', '.join(empty)} that fit --max-prompt; raise it, or seed without --seeds"
+        )
+
+
+def fits_both_ways(run: Run, seed: Task) -> bool:
+    """An abduction seed is also solved as deduction, and the other way round: one prompt shows the output, the other
+    the input, so one of them may be too long."""
+    ways = ("induction",) if seed.kind == "induction" else ("abduction", "deduction")
+    return all(fits(run, replace(seed, kind=kind)) for kind in ways)
 
 
 def share_seeds(run: Run, pairs: Buffer) -> None:
     for kind in ("abduction", "deduction"):
         run.buffers[kind] = Buffer(run.config.buffer_size)
         for task in pairs:
-            run.buffers[kind].add(Task(**{**task.__dict__, "kind": kind}))
+            run.buffers[kind].add(replace(task, kind=kind))
 
 
 def fill(run: Run, seeds: Buffer, kinds: tuple[str, ...], wanted: int) -> None:
@@ -371,7 +386,9 @@ def fill(run: Run, seeds: Buffer, kinds: tuple[str, ...], wanted: int) -> None:
             proposals = generate(run, f"seed/{kind}/{number}", proposals, 0)
             validate(run, proposals, whole_response=True)
             for index, proposal in enumerate(proposals):
-                if proposal.task and len(seeds) < wanted:
+                if proposal.task and not fits_both_ways(run, proposal.task):
+                    proposal.verdict = "prompt_too_long"
+                elif proposal.task and len(seeds) < wanted:
                     proposal.task.id = f"seed-{kind}-{number}-{index}"
                     proposal.verdict = "ok" if seeds.add(proposal.task) else "duplicate"
                 causes[proposal.verdict] += 1
@@ -410,10 +427,11 @@ def evaluate_policy(run: Run) -> dict[str, float]:
     return found | {"score": sum(greedy) / len(greedy)}  # what --keep-best compares
 
 
-def save(run: Run, record: dict) -> None:
-    """RUN/checkpoint every --save-every steps, RUN/best when the held-out score is the best so far (--keep-best)."""
-    config, step = run.config, run.step
-    if step % config.save_every == 0 or step == config.steps:
+def save(run: Run, record: dict, last: bool) -> None:
+    """RUN/checkpoint every --save-every steps and after the last one, RUN/best when the held-out score is the best so
+    far (--keep-best)."""
+    config = run.config
+    if last or run.step % config.save_every == 0:
         save_checkpoint(run)
     if config.keep_best and "score" in record and record["score"] >= max(r.get("score", -1.0) for r in run.history):
         save_checkpoint(run, "best")
@@ -431,6 +449,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Wrong input gives one sentence and exit code 2, Ctrl-C exit code 130."""
     try:
         config, extra = parse(argv)
+        if config.eval_every:
+            evaluate.check_data(config.eval_suites.split(","), Path(config.eval_data), {})
         if extra.dry_run:
             describe(config)
             return 0

@@ -11,6 +11,7 @@ Paper: Table 3 (hyper-parameters); where paper and official code differ the defa
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -22,6 +23,12 @@ TINY_MODEL = Path(__file__).resolve().parent / "tiny" / "model"
 def option(default, help: str, paper: str = "", choices: tuple = ()):
     """A field of Config: its default, what it is (with the unit), the paper's value, the allowed values."""
     return field(default=default, metadata={"help": help, "paper": paper, "choices": choices})
+
+
+ABOVE_ZERO = (
+    "steps", "batch", "rollouts", "max_prompt", "max_response", "seed_factor", "seed_limit", "buffer_size", "lr",
+    "grad_clip", "minibatches", "save_every",
+)  # fmt: skip
 
 
 @dataclass
@@ -71,6 +78,7 @@ class Config:
     lr_decay: str = option("constant", "learning rate after warm-up", "constant", ("constant", "linear", "cosine"))
     weight_decay: float = option(0.01, "AdamW weight decay", "0.01 in the official code")
     grad_clip: float = option(1.0, "largest gradient norm", "1.0")
+    minibatches: int = option(1, "optimizer steps per batch; with one the ratio is 1 and clipping never acts", "1")
     clip_low: float = option(0.2, "ratio clipped below 1 - this", "0.2")
     clip_high: float = option(0.2, "ratio clipped above 1 + this", "0.2")
     loss_mean: str = option("token", "loss averaged over all tokens of the batch, or per sequence first (paper eq. 9)",
@@ -101,20 +109,17 @@ class Config:
                 raise ValueError(
                     f"{flag(item.name)} {value!r} is unknown; choose one of {', '.join(map(repr, choices))}"
                 )
-        positive = (
-            "steps batch rollouts inputs max_prompt max_response seed_factor seed_limit buffer_size save_every lr"
-        )
-        for name in positive.split():
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{flag(name)} must be above 0, not {getattr(self, name)}")
-        for name in ("references", "memory", "warmup", "weight_decay", "grad_clip", "eval_every", "token_budget"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{flag(name)} must not be negative, but is {getattr(self, name)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{flag(item.name)} must be a finite number, not {value}")
+            if item.name in ABOVE_ZERO and value <= 0:
+                raise ValueError(f"{flag(item.name)} must be above 0, not {value}")
+            if isinstance(value, int | float) and value < 0 and item.name != "zero_reward":
+                raise ValueError(f"{flag(item.name)} must not be negative, but is {value}")
         unknown = [kind for kind in self.tasks.split(",") if kind not in KINDS]
         if unknown or not self.kinds:
             raise ValueError(f"--tasks {self.tasks!r} holds unknown types; choose from {','.join(KINDS)}")
-        if self.inputs < 2:
-            raise ValueError("--inputs must be at least 2: one pair is shown, one is hidden")
+        if not 2 <= self.inputs <= 10:
+            raise ValueError("--inputs must be 2 (one pair shown, one hidden) to 10 (the prompt demonstrates no more)")
         if self.buffer_size < self.batch * self.seed_factor:
             raise ValueError("--buffer-size is smaller than the seeds (batch x seed-factor); raise it")
         if self.eval_every and not self.eval_suites:
@@ -123,7 +128,7 @@ class Config:
 
 # What a preset changes against the defaults above. The lengths of the paper need hours a step on a small card; the
 # presets shorten them to what models of that size write.
-SMALL = {"max_prompt": 2048, "max_response": 1024, "references": 3, "lr": 2e-6, "importance_cap": 2.0}
+SMALL = {"max_prompt": 2048, "max_response": 1024, "references": 3, "lr": 2e-6}
 PRESETS: dict[str, dict] = {
     "tiny": {
         "batch": 16, "references": 2, "inputs": 4, "steps": 40, "max_prompt": 448, "max_response": 128,
@@ -181,13 +186,14 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     if preset and preset not in PRESETS:
         raise ValueError(f"--preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     values = PRESETS.get(preset, {}) | (SMOKE if extra.smoke else {}) | arguments | {"preset": preset}
-    config = Config(**({"model": str(TINY_MODEL)} | values))
+    config = Config(**values)
+    config.model = config.model or str(TINY_MODEL)
     config.validate()
     return config, extra
 
 
-# With --resume: how long, how often saved, and what makes it fit where memory ran out.
-CHANGEABLE = ("steps", "save_every", "memory", "token_budget", "gradient_checkpointing", "max_response")
+# With --resume: how long, how often saved, where the data are, and what makes it fit where memory ran out.
+CHANGEABLE = ("steps", "save_every", "eval_data", "memory", "token_budget", "gradient_checkpointing", "max_response")
 
 
 def resumed(run_dir: Path, typed: dict) -> Config:

@@ -272,6 +272,17 @@ def score_samples(name: str, path: Path, data_dir: Path, files: dict[str, Path],
     return score(suite, name, rows, answers, header | about, None, progress)
 
 
+def check_data(specs: Sequence[str], data_dir: Path, files: dict[str, Path]) -> None:
+    """Read all data once and throw them away: what is missing shows before a model is loaded. Raises as `run_suites`
+    does, also for a package that is not installed."""
+    for _, name, _ in expand(specs):
+        suite, _, about = load_items(name, data_dir, files)
+        if suite.group == "math":
+            scoring.require_math_verify()
+        if "note" in about:
+            print(f"note: {about['note']}", file=sys.stderr)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -345,12 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError("--samples-file holds samples of one suite: name exactly one in --suites.")
             records = {plan[0][1]: score_samples(plan[0][1], args.samples_file, args.data, files, True)}
         else:
-            for _, name, _ in plan:  # missing data and packages show before the model is loaded
-                suite, _, about = load_items(name, args.data, files)
-                if suite.group == "math":
-                    scoring.require_math_verify()
-                if "note" in about:
-                    print(f"note: {about['note']}", file=sys.stderr)
+            check_data(specs, args.data, files)
             engine, tokenizer = (None, None) if args.score_only else open_engine(args, len(plan))
             records = run_suites(
                 specs, engine, tokenizer, data_dir=args.data, out_dir=args.out, files=files, limit=args.limit,

@@ -194,7 +194,6 @@ class Batch:
             return
         selector.unregister(lane.socket)
         units, status = list(lane.busy), lane.close()
-        lane.busy.clear()
         self.executor.restarts += 1
         self.deaths += status != -signal.SIGPROF
         if self.deaths > 3 * len(self.executor.lanes):  # a defect or a broken machine must not pass for wrong programs

@@ -4,7 +4,8 @@ A server is started with a fixed hash seed in an otherwise empty environment, wi
 session of its own, before the trainer grows or touches a GPU, and is never forked from the trainer. It ends when its
 socket does, so nothing survives the trainer, however that ends. Nothing a server sends is trusted beyond its form.
 
-What it deliberately leaves out: what the bytes mean (`executor.py`), what happens to a program (`executor_child.py`).
+What it deliberately leaves out: what the bytes mean (`executor_batch.py`) and what happens to a program
+(`executor_child.py`).
 Paper: arXiv 2505.03335 has no counterpart.
 """
 
@@ -138,6 +139,7 @@ class Lane:
         self.socket.close()
         if self.process.poll() is None:
             self.process.kill()
+        self.busy.clear()
         status, self.process = self.process.wait(), None
         return status
 

@@ -21,16 +21,12 @@ ENGINE = 1.0 * GiB  # CUDA graphs and workspace of the awake engine, beside weig
 ASLEEP = 1.0 * GiB  # what a sleeping engine keeps (graphs, buffers)
 HOST_BASE = 0.4 * GB  # Python, torch and transformers themselves, when everything lives in host memory
 HOST_ENGINE = 0.35 * GB  # vLLM's own code and buffers there; it also keeps its weights twice, packed for the products
-HEAP = (
-    1.4  # on a CPU short-lived tensors take so much more: the C library keeps what was freed, and it is full of holes
-)
+HEAP = 1.4  # factor of short-lived tensors on a CPU: the C library keeps what was freed, full of holes
 CHUNK = 512  # tokens whose logits exist at the same time in trr.token_logprobs
 ENOUGH_TOKENS = 16384  # larger micro-batches are no faster: the matrix products are saturated; 1/8 is tried as well
 CPU_TOKENS = 4096  # a CPU is saturated long before, and small micro-batches stay nearer to its caches
-GOOD_SEQUENCES, MOST_SEQUENCES = (
-    256,
-    512,
-)  # in flight: below the first decoding slows visibly, above the second it hardly gains
+GOOD_SEQUENCES = 256  # in flight: with fewer, decoding slows visibly
+MOST_SEQUENCES = 512  # with more, it hardly gains
 BATCH_TOKENS = 65536  # of one batch of the transformers engine: longer batches mix short and long rows and gain nothing
 PREFILL_TOKENS = 8192  # of prompts that an engine reads at a time: enough to saturate, and it bounds the activations
 MEAN_FILL = 0.25  # vLLM's cache is made for sequences that are on average a quarter as long as the longest allowed,

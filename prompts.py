@@ -12,12 +12,13 @@ swapped), and a prompt promises only what the code enforces.
     answer = parse_answer("deduction", parts.answer)           # what the executor judges
 """
 
+import ast
 import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from buffers import KINDS, Task
+from buffers import Task
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The wrapper around all six prompts (paper: R1-style tags, plain text).
@@ -275,6 +276,14 @@ def arguments(text: str) -> str:
     return (call.group(1) if call else text).strip()
 
 
+def syntax(text: str) -> str:
+    """What two argument lists have in common that differ only in layout and quotes; any other text is its own."""
+    try:
+        return ast.dump(ast.parse(f"f({text})", mode="eval"))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return text
+
+
 @dataclass(frozen=True)
 class Proposal:
     """What a proposer wrote, not yet run: for induction `program` is empty (it is the one that was shown)."""
@@ -306,14 +315,16 @@ def parse_proposal(kind: str, answer: str, n_inputs: int = 10) -> tuple[Proposal
     inputs = [arguments(content) for label, content in blocks if label == "input" and arguments(content)]
     if kind == "induction":
         messages = [content.strip() for label, content in blocks if label == "message" and content.strip()]
-        distinct = list(dict.fromkeys(inputs))
+        distinct: dict[str, str] = {}
+        for text in inputs:
+            distinct.setdefault(syntax(text), text)
         if not inputs:
             return None, "no_input"
         if len(distinct) < n_inputs:
             return None, "too_few_inputs"
         if not messages:
             return None, "no_message"
-        return Proposal(inputs=distinct[:n_inputs], message=messages[-1]), ""
+        return Proposal(inputs=list(distinct.values())[:n_inputs], message=messages[-1]), ""
     program = find_program(blocks)
     if not program:
         return None, "no_program"
@@ -333,6 +344,3 @@ def parse_answer(kind: str, answer: str) -> str | None:
     named = [content for label, content in blocks if label == wanted]
     text = named[-1] if named else blocks[-1][1] if blocks else answer
     return (arguments(text) if kind == "abduction" else text.strip()) or None
-
-
-__all__ = ["KINDS", "Parts", "Proposal", "Task", "parse_answer", "parse_proposal", "propose_prompt", "solve_prompt"]

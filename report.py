@@ -133,8 +133,9 @@ def finish(run: Run) -> None:
     evaluated = [record for record in run.history if "score" in record]
     if len(evaluated) < 2:
         return
-    kinds = [key for key in evaluated[0] if key.endswith("/accuracy") and key.split("/")[-2] in KINDS]
-    kept = [key for key in evaluated[0] if key.removesuffix("/n") + "/accuracy" in kinds] + kinds
+    both = [key for key in evaluated[0] if key in evaluated[-1]]  # T = 1 is measured at the very end only
+    kinds = [key for key in both if key.endswith("/accuracy") and key.split("/")[-2] in KINDS]
+    kept = [key for key in both if key.removesuffix("/n") + "/accuracy" in kinds] + kinds
     before, after = ({key: record[key] for key in kept} for record in (evaluated[0], evaluated[-1]))
     if kinds:
         print(plots.comparison_table(before, after))

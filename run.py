@@ -183,7 +183,7 @@ def describe(config: Config) -> memory.Plan:
             known,
             prompts=3 * cells,
             sequences=cells * (config.rollouts + 2),
-            trained=2 * cells,
+            trained=cells * (2 + config.rollouts * config.reuse_measurement_rollouts),
             prompt_tokens=config.max_prompt // 4,
             response_tokens=length,
         )
@@ -226,6 +226,7 @@ def start(config: Config, resume: str | None) -> Run:
     if sys.platform == "win32":
         raise ValueError("azr needs Linux or macOS: the executor has no way to contain programs on Windows; use WSL")
     transformers.utils.logging.disable_progress_bar()
+    transformers.set_seed(config.seed)  # for dropout, where a model has it; all other draws use `Run.rng`
     executor = Executor()  # first: its servers must start before this process grows or touches the GPU
     device, dtype = place(config)
     plan = describe(config)

@@ -199,9 +199,9 @@ def math_equal(prediction: str, gold: str, normalise: bool = True, call: str = "
 
 
 def require_math_verify() -> None:
-    """Raise RuntimeError in one sentence where math-verify is missing."""
+    """Raise ValueError in one sentence where math-verify is missing."""
     if importlib.util.find_spec("math_verify") is None:
-        raise RuntimeError("Math suites need math-verify: pip install -r requirements-eval.txt")
+        raise ValueError("Math suites need math-verify: pip install -r requirements-eval.txt")
 
 
 def judge_math(pairs: Sequence[tuple[str, str]], progress: Progress = None, workers: int | None = None) -> list[bool]:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,12 @@ def test_a_call_with_something_around_it_is_no_input(executor):
         ("deduction", fence("input", "1"), "no_program"),
         ("abduction", fence("python", PROGRAM), "no_input"),
         ("induction", fence("input", "1") * 6 + fence("message", "m"), "too_few_inputs"),
+        (
+            "induction",
+            "".join(fence("input", text) for text in ("[1]", "[ 1]", "[1,]", "'a'", '"a"', "0"))
+            + fence("message", "m"),
+            "too_few_inputs",
+        ),
         ("induction", "".join(fence("input", str(n)) for n in range(6)), "no_message"),
     ],
 )
@@ -361,13 +368,23 @@ def test_bad_proposals_are_rejected_with_their_reason(run, program, verdict):
     assert item.task is None and item.verdict == verdict
 
 
-def test_a_message_that_is_the_program_is_rejected(run):
-    answer = "".join(fence("input", f"[{n}], 1") for n in range(6)) + fence("message", PROGRAM)
+@pytest.mark.parametrize(
+    "program, message, verdict",
+    [
+        (PROGRAM, PROGRAM, "message_has_code"),
+        (PROGRAM, PROGRAM.partition(":")[2], "message_has_code"),
+        (PROGRAM, "Weigh the items.", "ok"),
+        ("def f(items, k): return len(items) * k", "Count them, k times.", "ok"),
+        ("def f(items, k): return len(items) * k", "def f(items, k): return len(items) * k", "message_has_code"),
+    ],
+)
+def test_a_message_that_is_the_program_is_rejected(run, program, message, verdict):
+    answer = "".join(fence("input", f"[{n}], 1") for n in range(6)) + fence("message", message)
     item = Rollout("propose", "induction", 1, "", [], references=[numbered(1)], response=reply(answer))
     item.parts = prompts.split_response(item.response)
-    item.references[0].program = PROGRAM
+    item.references[0].program = program
     azr.validate(run, [item])
-    assert item.verdict == "message_has_code"
+    assert item.verdict == verdict
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,6 +398,18 @@ def test_one_prompt_too_long_is_drawn_again_and_the_batch_stays_whole(run):
         run.buffers[kind].add(numbered(3))
     proposals = [azr.proposal_prompt(run, "deduction", random.Random(n), 1) for n in range(8)]
     assert all(0 < len(item.prompt_ids) <= run.config.max_prompt for item in proposals)
+
+
+def test_a_seed_too_long_for_either_of_its_two_uses_is_left_out(run, tmp_path):
+    """`list(range(900))`: the output stands in the abduction prompt, not in the one for deduction."""
+    long = Task("deduction", "def f(x):\n    return list(range(x))", ["900"], [str(list(range(900)))], id="long")
+    assert azr.fits(run, long) and not azr.fits(run, replace(long, kind="abduction"))
+    save_tasks(tmp_path / "seeds.jsonl", [long, numbered(3), zero_task("induction")])
+    run.config.seeds = str(tmp_path / "seeds.jsonl")
+    azr.seed_buffers(run)
+    run.config.seeds = ""
+    for kind in KINDS[:2]:
+        assert [task.program for task in run.buffers[kind]] == [numbered(3).program]
 
 
 def test_solve_batch_holds_this_steps_tasks_first(run):
@@ -500,6 +529,7 @@ def test_seeds_are_reusable(whole_run, tmp_path):
         ["--tasks", "deduction"],
         ["--reuse-measurement-rollouts", "--zero-reward", "-0.5", "--advantage-weighting", "token"],
         ["--solve-batch", "previous", "--admit", "learnable", "--loss-mean", "sequence"],
+        ["--minibatches", "2", "--clip-high", "0.28"],
     ],
 )
 def test_ablations_and_switches_run(whole_run, tmp_path, extra):
@@ -507,6 +537,20 @@ def test_ablations_and_switches_run(whole_run, tmp_path, extra):
         *SMALL, "--steps", "1", "--out", str(tmp_path / "r"), "--seeds", str(whole_run / "seeds.jsonl"), *extra
     )
     assert result.returncode == 0, result.stderr
+    if "--minibatches" in extra:
+        record = json.loads((tmp_path / "r/metrics.jsonl").read_text().splitlines()[-1])
+        assert record["update/steps"] == 2 and record["update/ratio"] != 1
+
+
+def test_a_collapse_stops_the_run_with_its_step_saved_and_a_table(whole_run, tmp_path, monkeypatch, capsys):
+    """The alarm comes long before the next checkpoint is due, and before T = 1 is measured again."""
+    monkeypatch.setattr("health.Watch.read", lambda self, record: ["collapse"] if record["step"] == 1 else [])
+    arguments = [*SMALL, "--seeds", str(whole_run / "seeds.jsonl"), "--out", str(tmp_path / "r"), "--steps", "9"]
+    arguments += ["--eval-every", "1", "--eval-suites", f"tasks:{HERE / 'tiny/test.jsonl'}:3", "--save-every", "5"]
+    assert azr.main([*arguments, "--stop-on-collapse"]) == 0
+    assert (tmp_path / "r/checkpoint").resolve().name == "checkpoint-000001"
+    assert "stopped by --stop-on-collapse after step 1" in (printed := capsys.readouterr().out)
+    assert "before" in printed and "after" in printed
 
 
 def test_shuffled_rewards_keep_each_cells_rewards():
@@ -534,6 +578,10 @@ def test_a_model_too_weak_to_seed_says_how_many_and_why(tmp_path):
     [
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--batch", "-1"], "--batch must be above 0"),
+        (["--lr", "nan"], "--lr must be a finite number"),
+        (["--importance-cap", "-1"], "--importance-cap must not be negative"),
+        (["--grad-clip", "0"], "--grad-clip must be above 0"),
+        (["--inputs", "11"], "--inputs must be 2"),
         (["--preset", "9000b"], "choose one of"),
         (["--tasks", "deduction,divination"], "divination"),
         (["--template", "fancy"], "--template"),
