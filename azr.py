@@ -503,6 +503,7 @@ def begin(run: Run) -> None:
         record |= evaluate_policy(run)
     run.remember(record)
     checkpoint.append(run.folder / "metrics.jsonl", [record])
+    report.write_tensorboard(run, record)
     save_checkpoint(run)
 
 

@@ -95,8 +95,9 @@ def normalise(program: str) -> str:
     for node in ast.walk(tree):
         parts = [type(node).__name__]
         for name, value in ast.iter_fields(node):
-            if isinstance(value, list):
-                parts.append(f"{name}[{len(value)}]")
+            if isinstance(value, list):  # of nodes; of names after global and nonlocal; None for a missing default
+                items = ("." if isinstance(item, ast.AST) else repr(bound.get(item, item)) for item in value)
+                parts.append(f"{name}[{' '.join(items)}]")
             elif isinstance(value, str) and name in ("id", "arg", "name"):
                 parts.append(bound.get(value, value))
             elif not isinstance(value, ast.AST):

@@ -1,8 +1,8 @@
 """The executor's untrusting half: a fork server, and the child that runs one program and claims what it returned.
 
-`executor.py` starts this file as a small process of its own (a "lane") and sends it jobs: one program and the arguments
-of some calls. For each job the server compiles the program, filters it (`gate`), forks, and relays whatever the child
-wrote, unread. It never runs model code itself and never learns what the right answer would have been.
+`executor_lanes.py` starts this file as a small process of its own (a "lane") and sends it jobs: one program and the
+arguments of some calls. For each job the server compiles the program, filters it (`gate`), forks, and relays whatever
+the child wrote, unread. It never runs model code itself and never learns what the right answer would have been.
 
 One program, from text to claim, in the order of this file:
     gate          source text -> code object, or a verdict; nothing is executed

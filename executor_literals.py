@@ -111,7 +111,8 @@ warnings.filterwarnings("ignore", module="<literal>")  # "invalid escape sequenc
 
 def parse_literal(text: str, max_chars: int = 20_000) -> object:
     """The value of a literal as Python prints it: numbers, strings, bytes, None, bool, list, tuple, dict, set, nan,
-    inf, set(), frozenset({..}), float('inf'); no operators but signs and `1+2j`, no other calls. Raises BadLiteral."""
+    inf, float('inf') and calls of set, frozenset, list, tuple and dict; no operators but signs and `1+2j`. Raises
+    BadLiteral."""
     return build(parse(text.strip(), max_chars), 1)
 
 

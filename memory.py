@@ -3,8 +3,8 @@
 What it does: `plan` counts the bytes of both phases from a model's Hugging Face config and chooses what makes them fit
 (optimizer in host memory, engine asleep during the update, gradient checkpointing, tokens per micro-batch, KV cache);
 `estimate_seconds` adds a rough time per step. Needs neither torch nor the weights.
-What it leaves out: several cards, quantised weights, mixture-of-experts models. Byte counts follow what trr.py keeps:
-bf16 weights, fp32 gradient sums, fp32 master and two moments; fp32 weights are their own master.
+What it leaves out: several cards, quantised weights, mixture-of-experts models. Byte counts follow what trr.py and
+optimizer.py keep: bf16 weights, fp32 gradient sums, fp32 master and two moments; fp32 weights are their own master.
 GB means 1e9 bytes: "24 GB" cards report 22.5 to 23.6 GiB = 24.1 to 25.4e9 bytes.
 
     print(plan(config, card_bytes=80 * GB, free_host_bytes=64 * GB, max_len=4096, sequences=1728).describe())
@@ -22,7 +22,7 @@ ASLEEP = 1.0 * GiB  # what a sleeping engine keeps (graphs, buffers)
 HOST_BASE = 0.4 * GB  # Python, torch and transformers themselves, when everything lives in host memory
 HOST_ENGINE = 0.35 * GB  # vLLM's own code and buffers there; it also keeps its weights twice, packed for the products
 HEAP = 1.4  # factor of short-lived tensors on a CPU: the C library keeps what was freed, full of holes
-CHUNK = 512  # tokens whose logits exist at the same time in trr.token_logprobs
+CHUNK = 512  # tokens whose logits exist at the same time in logprobs.token_logprobs
 ENOUGH_TOKENS = 16384  # larger micro-batches are no faster: the matrix products are saturated; 1/8 is tried as well
 CPU_TOKENS = 4096  # a CPU is saturated long before, and small micro-batches stay nearer to its caches
 GOOD_SEQUENCES = 256  # in flight: with fewer, decoding slows visibly

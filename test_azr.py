@@ -254,6 +254,15 @@ def test_buffer_refuses_programs_equal_up_to_names_comments_and_layout():
     assert buffer.add(Task("deduction", "def f(a):\n    b = a + 1\n    return a", ["1"], ["1"]))
 
 
+def test_programs_that_differ_in_names_of_outer_variables_or_in_defaults_are_two():
+    outer = (
+        "def f(x):\n    a, b = 1, 2\n    def g():\n        nonlocal {}\n        a = b = x\n    g()\n    return a - b"
+    )
+    assert normalise(outer.format("a")) != normalise(outer.format("b"))
+    first, second = "def f(x, *, a=1, b): return x", "def f(x, *, a, b=1): return x"
+    assert normalise(first) != normalise(second)
+
+
 def test_normalise_survives_deep_programs():
     assert normalise("def f(x):\n    return " + "+".join(["x"] * 3000))
 
