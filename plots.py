@@ -122,38 +122,20 @@ def svg_plot(series: Series, title: str, y_label: str, bands: Mapping | None = N
 
 
 def comparison_table(before: Mapping, after: Mapping) -> str:
-    """Accuracy before, after, and the difference with its standard error, per task type and their mean.
-
-    Either {kind: scores}, scores 0 or 1 of the same tasks in the same order: the error is that of paired differences.
-    Or two records of metrics.jsonl, of which every ".../accuracy" counts, with the error of two independent samples
-    (larger) where ".../n" says how many tasks there were. Raises ValueError for different numbers of tasks.
-    """
-    groups: dict[str, list[tuple[str, float, float, float]]] = {}
-    for key in before:
-        if key not in after or not (key in KINDS or key.endswith("/accuracy")):
-            continue
-        old, new = before[key], after[key]
-        if key in KINDS:
-            if len(old) != len(new) or not len(old):
-                raise ValueError(f"{key}: {len(old)} tasks before and {len(new)} after; evaluate the same tasks")
-            changes = [y - x for x, y in zip(old, new, strict=True)]
-            error = math.sqrt(statistics.pvariance(changes) / max(1, len(changes) - 1))
-            old, new = statistics.fmean(old), statistics.fmean(new)
-        else:
-            tasks = after.get(key.removesuffix("accuracy") + "n") or math.nan
-            error = math.sqrt((old * (1 - old) + new * (1 - new)) / tasks)
-        group, _, name = key.removesuffix("/accuracy").removeprefix("eval/").rpartition("/")
-        if name not in KINDS:  # a suite without task types
-            group, name = f"{group}/{name}".strip("/"), ""
-        groups.setdefault(group, []).append((name, old, new, error))
-    width = max([len(group) for group in groups] + [0]) + 12
-    lines = [f"{'':<{width}}{'before':>8}{'after':>8}{'change':>9}   standard error"]
-    for group, rows in groups.items():
-        kinds = [row for row in rows if row[0]]
-        if kinds:  # their mean replaces the suite's own total
-            error = math.sqrt(sum(row[3] ** 2 for row in kinds)) / len(kinds)
-            rows = [*kinds, ("mean", *(statistics.fmean(row[k] for row in kinds) for k in (1, 2)), error)]
-        for name, old, new, error in rows:
-            shown = "-" if math.isnan(error) else f"{error:.3f}"
-            lines.append(f"{f'{group} {name}'.strip():<{width}}{old:>8.3f}{new:>8.3f}{new - old:>+9.3f}   {shown}")
-    return "\n".join(lines)
+    """Accuracy before, after, and the difference with its standard error, for every suite that both records of
+    metrics.jsonl have: per task type and their mean, or as a whole where a suite has no task types. The error is that
+    of two independent samples, which is larger than that of paired ones."""
+    lines = [("", "before", "after", "change", "standard error")]
+    for suite in [key.removesuffix("/all/n") for key in before if key.endswith("/all/n") and key in after]:
+        names = {kind: f"{suite}/{kind}/n" for kind in KINDS if f"{suite}/{kind}/n" in after} or {"": f"{suite}/all/n"}
+        rows = []
+        for name, tasks in names.items():
+            old, new = (record[f"{suite}/{name}/accuracy".replace("//", "/")] for record in (before, after))
+            rows.append((name, old, new, math.sqrt((old * (1 - old) + new * (1 - new)) / after[tasks])))
+        if len(rows) > 1:
+            old, new = (statistics.fmean(row[k] for row in rows) for k in (1, 2))
+            rows.append(("mean", old, new, math.sqrt(sum(row[3] ** 2 for row in rows)) / len(names)))
+        label = suite.removeprefix("eval/")
+        lines += [(f"{label} {n}", f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{e:.3f}") for n, a, b, e in rows]
+    width = max(len(line[0]) for line in lines)
+    return "\n".join(f"{name:<{width}}{a:>8}{b:>8}{change:>9}   {error}" for name, a, b, change, error in lines)

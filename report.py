@@ -133,13 +133,9 @@ def finish(run: Run) -> None:
     evaluated = [record for record in run.history if "score" in record]
     if len(evaluated) < 2:
         return
-    both = [key for key in evaluated[0] if key in evaluated[-1]]  # T = 1 is measured at the very end only
-    kinds = [key for key in both if key.endswith("/accuracy") and key.split("/")[-2] in KINDS]
-    kept = [key for key in both if key.removesuffix("/n") + "/accuracy" in kinds] + kinds
-    before, after = ({key: record[key] for key in kept} for record in (evaluated[0], evaluated[-1]))
-    if kinds:
-        print(plots.comparison_table(before, after))
-    names = [key for key in kinds or evaluated[0] if key.startswith("eval/") and key.endswith("/accuracy")]
+    print(plots.comparison_table(evaluated[0], evaluated[-1]))
+    names = [key for key in evaluated[0] if key.startswith("eval/") and key.endswith("/accuracy")]
+    names = [key for key in names if key.split("/")[-2] in KINDS] or names
     several = len({name.split("/")[1] for name in names}) > 1
     labels = {name: name[5:-9] if several else name[5:-9].rpartition("/")[2] for name in names}
     series = {label: [(record["step"], record[name]) for record in evaluated] for name, label in labels.items()}

@@ -340,28 +340,21 @@ def test_ticks_enclose_the_data_with_few_round_numbers(low, high):
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
 
 
-def test_comparison_table_of_paired_scores():
-    before = {"deduction": [0, 0, 1, 0], "abduction": [1, 1, 0, 0]}
-    after = {"deduction": [1, 0, 1, 1], "abduction": [1, 1, 0, 0]}
-    rows = [line.split() for line in comparison_table(before, after).splitlines()[1:]]
-    assert rows[0] == ["deduction", "0.250", "0.750", "+0.500", "0.289"]  # changes 1, 0, 0, 1: s = 0.577, / sqrt(4)
-    assert rows[1] == ["abduction", "0.500", "0.500", "+0.000", "0.000"]
-    assert rows[2] == ["mean", "0.375", "0.625", "+0.250", "0.144"]
-    with pytest.raises(ValueError, match="same tasks"):
-        comparison_table({"deduction": [0, 1]}, {"deduction": [1]})
-
-
-def test_comparison_table_of_two_records():
-    before = {"step": 0, "alarms": [], "eval/test/accuracy": 0.3, "eval/test/deduction/accuracy": 0.2,
-              "eval/test/deduction/n": 100, "eval/test/abduction/accuracy": 0.4,
-              "eval/cruxeval-o/accuracy": 0.5}  # fmt: skip
-    after = before | {"step": 50, "eval/test/accuracy": 0.5, "eval/test/deduction/accuracy": 0.6, "alarms": []}
-    rows = [line.split() for line in comparison_table(before, after).splitlines()[1:]]
+def test_comparison_table_has_task_types_their_mean_and_suites_without():
+    before = {"step": 0, "alarms": [], "eval/test/accuracy": 0.3, "eval/test/all/n": 200,
+              "eval/test/abduction/accuracy": 0.4, "eval/test/deduction/accuracy": 0.2,
+              "eval/test/abduction/n": 100, "eval/test/deduction/n": 100, "eval/test/deduction/depth1/accuracy": 0.1,
+              "eval/humaneval/accuracy": 0.5, "eval/humaneval/all/n": 50,
+              "eval-t1/test/accuracy": 0.3, "eval-t1/test/all/n": 200}  # fmt: skip
+    after = before | {"step": 50, "eval/test/accuracy": 0.5, "eval/test/deduction/accuracy": 0.6}
+    after = {key: value for key, value in after.items() if not key.startswith("eval-t1")}
+    rows = [line.split() for line in comparison_table(before, after).splitlines()]
     assert rows == [
-        ["test", "deduction", "0.200", "0.600", "+0.400", "0.063"],
-        ["test", "abduction", "0.400", "0.400", "+0.000", "-"],
-        ["test", "mean", "0.300", "0.500", "+0.200", "-"],
-        ["cruxeval-o", "0.500", "0.500", "+0.000", "-"],
+        ["before", "after", "change", "standard", "error"],
+        ["test", "abduction", "0.400", "0.400", "+0.000", "0.069"],  # sqrt(2 x 0.4 x 0.6 / 100)
+        ["test", "deduction", "0.200", "0.600", "+0.400", "0.063"],  # sqrt((0.2 x 0.8 + 0.6 x 0.4) / 100)
+        ["test", "mean", "0.300", "0.500", "+0.200", "0.047"],
+        ["humaneval", "0.500", "0.500", "+0.000", "0.100"],
     ]
 
 

@@ -27,18 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from buffers import KINDS, Task, load_tasks  # noqa: E402
+from plots import svg_plot  # noqa: E402
 
 CONDITIONS = {
     "self-play": [],
     "shuffled rewards": ["--control", "shuffle"],
     "frozen proposer": ["--no-train-proposer"],
     "fixed seeds": ["--control", "fixed"],
-}
-COLOURS = {
-    "self-play": "#1b6ca8",
-    "shuffled rewards": "#999999",
-    "frozen proposer": "#d9822b",
-    "fixed seeds": "#5a9e4b",
 }
 CURVE = 150  # tasks of the curve during a run (the file is balanced in every prefix); the tables use all of them
 FORCED = "Step by step: "  # the first words of every reasoning in the corpus (tiny/make.py)
@@ -385,38 +380,15 @@ def markdown(result: dict) -> str:
 
 
 def svg(result: dict) -> str:
-    """Greedy held-out accuracy over steps, one line per condition (mean) with its seeds drawn thin."""
-    width, height, left, bottom = 640, 360, 50, 40
-    curves = {name: entry["curve"] for name, entry in result["conditions"].items()}
-    last = max(step for runs in curves.values() for run in runs for step, _ in run)
-
-    def at(step: float, value: float) -> str:
-        x = left + (width - left - 150) * step / last
-        return f"{x:.1f},{height - bottom - (height - bottom - 20) * value:.1f}"
-
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-             f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>']  # fmt: skip
-    for tenth in range(0, 11, 2):
-        y = at(0, tenth / 10).partition(",")[2]
-        parts.append(f'<line x1="{left}" x2="{width - 150}" y1="{y}" y2="{y}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 8}" y="{float(y) + 4}" text-anchor="end">{tenth * 10} %</text>')
-    for step in range(0, last + 1, 10):
-        x = at(step, 0).partition(",")[0]
-        parts.append(f'<text x="{x}" y="{height - bottom + 18}" text-anchor="middle">{step}</text>')
-    parts.append(
-        f'<text x="{left}" y="{height - 6}">step</text><text x="{left}" y="14">greedy held-out accuracy</text>'
-    )
-    for number, (name, runs) in enumerate(curves.items()):
-        for run in runs:
-            points = " ".join(at(*point) for point in run)
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[name]}" stroke-opacity="0.3"/>')
-        steps = [step for step, _ in runs[0]]
-        average = " ".join(at(step, mean(dict(run).get(step, run[-1][1]) for run in runs)) for step in steps)
-        parts.append(f'<polyline points="{average}" fill="none" stroke="{COLOURS[name]}" stroke-width="2.5"/>')
-        y = 40 + 20 * number
-        parts.append(f'<rect x="{width - 140}" y="{y - 8}" width="14" height="4" fill="{COLOURS[name]}"/>')
-        parts.append(f'<text x="{width - 120}" y="{y}">{name}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    """Greedy held-out accuracy over steps: the mean of each condition's seeds, and their range as a pale band."""
+    curves, bands = {}, {}
+    for name, entry in result["conditions"].items():
+        runs = [dict(run) for run in entry["curve"]]
+        steps = [step for step in runs[0] if all(step in run for run in runs)]
+        values = {step: [100 * run[step] for run in runs] for step in steps}
+        curves[name] = [(step, mean(found)) for step, found in values.items()]
+        bands[name] = [(step, min(found), max(found)) for step, found in values.items()]
+    return svg_plot(curves, "Greedy held-out accuracy, mean and range of the seeds", "percent", bands)
 
 
 def main() -> None:
