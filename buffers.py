@@ -182,7 +182,8 @@ def load_tasks(path: Path) -> list[Task]:
             try:
                 record = json.loads(line)
                 task = Task(**{name: value for name, value in record.items() if name in known})
-            except (json.JSONDecodeError, TypeError, AttributeError) as error:
+                normalise(task.program)
+            except (ValueError, TypeError, AttributeError, SyntaxError) as error:
                 raise ValueError(
                     f"{path}, line {number}: not a whole task ({error}); delete the line or restore the file"
                 ) from None

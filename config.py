@@ -40,9 +40,8 @@ class Config:
     seed: int = option(0, "the one seed from which every random choice follows")
     device: str = option("auto", "where the policy lives", choices=("auto", "cuda", "cpu"))
     engine: str = option("auto", "who generates", choices=("auto", "vllm", "transformers"))
-    dtype: str = option(
-        "auto", "compute type; auto: bfloat16 on a GPU, float32 on a CPU", "bfloat16", ("auto", "bfloat16", "float32")
-    )
+    dtype: str = option("auto", "compute type; auto: bfloat16 on a GPU, float32 on a CPU", "bfloat16",
+                        ("auto", "bfloat16", "float32"))  # fmt: skip
     template: str = option("plain", "wrapper around the prompts: plain text, or the tokenizer's chat template", "plain",
                            ("plain", "chat"))  # fmt: skip
     memory: int = option(0, "GB to plan for on the card (without GPU: of host memory); 0: what is there")
@@ -106,9 +105,8 @@ class Config:
         for item in fields(self):
             value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices and value not in choices:
-                raise ValueError(
-                    f"{flag(item.name)} {value!r} is unknown; choose one of {', '.join(map(repr, choices))}"
-                )
+                known = ", ".join(map(repr, choices))
+                raise ValueError(f"{flag(item.name)} {value!r} is unknown; choose one of {known}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{flag(item.name)} must be a finite number, not {value}")
             if item.name in ABOVE_ZERO and value <= 0:

@@ -116,16 +116,9 @@ def check(tree: ast.AST, modules: frozenset[str]) -> None:
             stack += [node.args[0], *node.args[2:]]
             attributes.add(node.args[1].value)
             continue
-        if (
-            kind is ast.Attribute
-            and node.attr == "__dict__"
-            and type(node.value) is ast.Name
-            and node.value.id == "self"
-        ):
+        if kind is ast.Attribute and node.attr == "__dict__" and getattr(node.value, "id", "") == "self":
             continue
-        target = (
-            attributes if kind is ast.Attribute or kind is ast.MatchClass else words if kind is ast.keyword else bound
-        )
+        target = attributes if kind in (ast.Attribute, ast.MatchClass) else words if kind is ast.keyword else bound
         for field in node._fields:
             value = getattr(node, field, None)
             for item in value if type(value) is list else (value,):
@@ -159,10 +152,8 @@ HIDDEN = {  # public names that read attributes by text or evaluate it
     "string": {"Formatter"},
     "typing": {"get_type_hints", "ForwardRef"},
 }
-FOR_C_CODE = (
-    "time",
-    "_strptime",
-)  # what the C code of datetime imports through the *program's* __import__ (it then reads sys.modules)
+# What the C code of datetime imports through the *program's* __import__ (it then reads sys.modules).
+FOR_C_CODE = ("time", "_strptime")
 
 
 class Forbidden(ImportError):

@@ -35,24 +35,15 @@ class Lane:
 
     def start(self) -> None:
         self.socket, theirs = socket.socketpair()
-        arguments = [
-            sys.executable,
-            "-sSPB",
-            "-X",
-            "utf8",
-            "-W",
-            "ignore",
-            "-c",
-            BOOT,
-            str(Path(__file__).resolve().parent),
-        ]
+        here = str(Path(__file__).resolve().parent)
+        command = [sys.executable, "-sSPB", "-Xutf8", "-Wignore", "-c", BOOT, here]
         environment = {"PYTHONHASHSEED": str(self.seed)}  # empty otherwise; -I and -E would ignore the seed
         if "LD_LIBRARY_PATH" in os.environ:  # some interpreters find their own library by it
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         null = subprocess.DEVNULL
         with theirs:
             self.process = subprocess.Popen(
-                [*arguments, str(theirs.fileno()), json.dumps(self.config)],
+                [*command, str(theirs.fileno()), json.dumps(self.config)],
                 pass_fds=[theirs.fileno()],
                 env=environment,
                 cwd="/",

@@ -60,14 +60,8 @@ class Layers:
     """The kernel's part. `confine` is for the server, once; `enter_child` for every child; `active` says what holds."""
 
     def __init__(self, isolation: str) -> None:
-        self.active: dict = {
-            "platform": sys.platform,
-            "seccomp": False,
-            "landlock": 0,
-            "namespaces": [],
-            "empty_root": False,
-        }
-        self.active |= {"uid_dropped": False, "no_new_privs": False, "rlimits": True, "cpu_clock": False}
+        names = ("seccomp", "landlock", "namespaces", "empty_root", "uid_dropped", "no_new_privs", "cpu_clock")
+        self.active: dict = {"platform": sys.platform, "rlimits": True, **dict.fromkeys(names, False)}
         self.base, self.filter, self.libc = 0, None, None
         if LINUX:
             self.active["cpu_clock"] = cpu_clock(os.getpid()) is not None
@@ -91,9 +85,7 @@ class Layers:
             return
         self.unshare()
         if os.geteuid() == 0:
-            uid = (
-                61_000 + os.getpid() % 4_000
-            )  # an id nobody has: RLIMIT_NPROC and file permissions mean nothing to root
+            uid = 61_000 + os.getpid() % 4_000  # nobody's: RLIMIT_NPROC and file permissions mean nothing to root
             with suppress(OSError):
                 os.setgroups([])
             with suppress(OSError):
@@ -120,9 +112,8 @@ class Layers:
                 with suppress(OSError), open(f"/proc/self/{file}", "w") as out:
                     out.write(text)
         self.call("mount", None, b"/", None, 0x44000, None)  # private, recursive: nothing below is seen outside
-        if (
-            self.call("mount", b"none", b"/tmp", b"tmpfs", 15, b"size=4k") == 0
-        ):  # read-only, nothing set-uid, no devices
+        flags = 15  # read-only, nothing set-uid, no devices, nothing executable
+        if self.call("mount", b"none", b"/tmp", b"tmpfs", flags, b"size=4k") == 0:
             with suppress(OSError):
                 os.chroot("/tmp")
                 os.chdir("/")

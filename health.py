@@ -40,13 +40,7 @@ def program_shape(program: str) -> tuple[int, int]:
     return depth, nodes
 
 
-@lru_cache(maxsize=4096)
-def program_key(program: str) -> str:
-    """`normalise`, but a text that does not parse is its own key."""
-    try:
-        return normalise(program)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return program
+program_key = lru_cache(maxsize=4096)(normalise)
 
 
 def proposal_key(task) -> str:
@@ -182,15 +176,13 @@ class Watch:
     costs and holds about what step 100 did; a resumed run reads its metrics.jsonl again and knows as much.
     """
 
-    def __init__(self, history: Iterable[Mapping] = ()) -> None:
+    def __init__(self) -> None:
         self.window: list[Mapping] = []  # the records of the window that is not full yet
         self.means: dict[str, list[float]] = {}  # metric -> its mean in every full window that has it
         self.errors: dict[str, list[float]] = {}  # metric -> the standard errors of these means
         self.rates: list[float] = []  # mean solve rates of all proposals, of the steps since a full window of them
         self.rate_means: list[float] = []  # their means, one per full window
         self.evaluations: dict[str, list[float]] = {}  # held-out accuracy -> its value at every evaluation
-        for record in history:
-            self.read(record)
 
     def read(self, record: Mapping) -> list[str]:
         """Take in the next record; returns the sentences that ring at it, almost always none."""

@@ -95,14 +95,9 @@ def status_line(run: Run, record: dict, seconds: float) -> str:
 
     phases = " ".join(f"{name} {value:.1f}" for name, value in run.seconds.items())
     remaining = int((run.config.steps - run.step) * seconds)
-    policy = " ".join(
-        f"{label} {record[f'update/{name}']:{form}}"
-        for label, name, form in (
-            ("entropy", "entropy", ".3f"),
-            ("grad", "grad_norm", ".2f"),
-            ("mismatch", "mismatch", ".4f"),
-        )
-        if f"update/{name}" in record  # absent where nothing was trained, or where the engine is the policy itself
+    shown = (("entropy", "entropy", ".3f"), ("grad", "grad_norm", ".2f"), ("mismatch", "mismatch", ".4f"))
+    policy = " ".join(  # a value is absent where nothing was trained, or where the engine is the policy itself
+        f"{label} {record[f'update/{name}']:{form}}" for label, name, form in shown if f"update/{name}" in record
     )
     return (
         f"step {run.step}/{run.config.steps} | reward propose {rewards('propose')} solve {rewards('solve')} | "

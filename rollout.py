@@ -283,30 +283,15 @@ def make_engine(
     *,
     dtype: str,
     max_model_len: int,
-    max_num_seqs: int = 64,
-    kv_cache_bytes: int = 1 << 30,
-    sleep: bool = False,
     token_budget: int = 32768,
-    seed: int = 0,
+    **for_vllm,
 ) -> Engine:
     """The engine called `kind` ("auto": `choose_engine`), holding the policy's weights. A "vllm" that cannot be had
-    raises RuntimeError. `token_budget` is for transformers, all else after `max_model_len` for vLLM."""
-    kind = choose_engine(kind)
-    if kind == "transformers":
-        return TransformersEngine(
-            policy, tokenizer, dtype=dtype, max_model_len=max_model_len, token_budget=token_budget
-        )
-    return VllmEngine(
-        resolve_model(model_path),
-        policy,
-        tokenizer,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        kv_cache_bytes=kv_cache_bytes,
-        sleep=sleep,
-        seed=seed,
-    )
+    raises RuntimeError. `token_budget` is for transformers, `for_vllm` (see `VllmEngine`) for vLLM alone."""
+    common = {"dtype": dtype, "max_model_len": max_model_len}
+    if choose_engine(kind) == "transformers":
+        return TransformersEngine(policy, tokenizer, **common, token_budget=token_budget)
+    return VllmEngine(resolve_model(model_path), policy, tokenizer, **common, **for_vllm)
 
 
 @torch.no_grad()

@@ -611,6 +611,7 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(capsys, arguments, words)
         (["--max-prompt", "50"], "--max-prompt 50 is too short"),
         (["--seeds", "bad.jsonl"], "bad.jsonl, line 1"),
         (["--seeds", "missing.jsonl"], "missing.jsonl"),
+        (["--seeds", "nopython.jsonl"], "nopython.jsonl, line 2"),
         (["--eval-every", "1", "--eval-suites", "divination"], "choose from humaneval"),
         (["--eval-every", "1", "--eval-suites", "tasks:missing.jsonl"], "missing.jsonl"),
     ],
@@ -618,6 +619,7 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(capsys, arguments, words)
 def test_what_turns_out_wrong_before_the_first_step_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text("{}\n")
+    save_tasks(tmp_path / "nopython.jsonl", [zero_task("deduction"), Task("abduction", "def f(:", ["1"], ["1"])])
     seeds = [] if "--seeds" in arguments or "--max-prompt" in arguments else ["--seeds", "seeds.jsonl"]
     save_tasks(tmp_path / "seeds.jsonl", [zero_task(kind) for kind in KINDS])
     assert azr.main([*SMALL, *seeds, "--steps", "1", "--out", "r", *arguments]) == 2

@@ -146,7 +146,8 @@ def test_buffer_metrics():
 
 def rung(length: int, values, every: int = 1) -> list[str]:
     """`values(step)` -> metrics of a step; evaluation keys only count every `every` steps."""
-    watch, sentences = Watch([{"step": 0, **{k: v for k, v in values(0).items() if k.startswith("eval/")}}]), []
+    watch, sentences = Watch(), []
+    watch.read({"step": 0, **{k: v for k, v in values(0).items() if k.startswith("eval/")}})
     for step in range(1, length + 1):
         metrics = values(step).items()
         kept = {k: v for k, v in metrics if step % every == 0 or not k.startswith("eval/")}
@@ -211,7 +212,10 @@ def test_alarm_on_collapse(key, trend, remedy, seed):
 
 def alarms(history: list[dict]) -> list[str]:
     """What rings at the last record, everything before it read again."""
-    return Watch(history[:-1]).read(history[-1]) if history else []
+    watch, rung = Watch(), []
+    for record in history:
+        rung = watch.read(record)
+    return rung
 
 
 def test_alarms_come_once_per_window_or_evaluation_and_from_the_records_alone():
