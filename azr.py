@@ -10,6 +10,7 @@ Paper: arXiv 2505.03335, Algorithm 1 and sections 3.1 to 3.3. Configuration: con
     python azr.py --resume runs/NAME                # continue after a stop
 """
 
+import errno
 import random
 import re
 import sys
@@ -30,7 +31,7 @@ import rollout
 import trr
 from buffers import KINDS, Buffer, Task, load_tasks, save_tasks, zero_task
 from config import parse
-from engine import first_line
+from engine import SyncError, first_line
 from executor import Executor, Judgement, Result
 from optimizer import learning_rate
 from run import Rollout, Run, describe, make_rollout, phase, ran_out_of_memory, start, uninterrupted
@@ -63,6 +64,7 @@ def train(run: Run) -> None:
             record = report.log(run, proposals, attempts, update, time.perf_counter() - began)
             collapsed = config.stop_on_collapse and bool(record["alarms"])
             save(run, record, last=collapsed or step == config.steps)
+        report.show(run, record, time.perf_counter() - began)
         if collapsed:
             print(f"stopped by --stop-on-collapse after step {step}; the checkpoint is in {run.folder / 'checkpoint'}")
             break
@@ -431,14 +433,16 @@ def save(run: Run, record: dict, last: bool) -> None:
     """RUN/checkpoint every --save-every steps and after the last one, RUN/best when the held-out score is the best so
     far (--keep-best)."""
     config = run.config
+    if config.keep_best and "score" in record and record["score"] >= max(r.get("score", -1.0) for r in run.history):
+        save_checkpoint(run, "best")  # first: a step that is killed here is done again, and `best` with it
     if last or run.step % config.save_every == 0:
         save_checkpoint(run)
-    if config.keep_best and "score" in record and record["score"] >= max(r.get("score", -1.0) for r in run.history):
-        save_checkpoint(run, "best")
 
 
 def save_checkpoint(run: Run, name: str = "checkpoint") -> None:
     checkpoint.save(run.folder, run.step, run.policy, run.tokenizer, run.optimizer, name)
+    if name == "checkpoint":
+        run.saved = run.step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -446,7 +450,9 @@ def save_checkpoint(run: Run, name: str = "checkpoint") -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Wrong input gives one sentence and exit code 2, Ctrl-C exit code 130."""
+    """The command line. What the user or the machine did wrong gives one sentence and exit code 2, Ctrl-C exit code
+    130; a fault of this program keeps its traceback."""
+    run = None
     try:
         config, extra = parse(argv)
         if config.eval_every:
@@ -455,38 +461,53 @@ def main(argv: list[str] | None = None) -> int:
             describe(config)
             return 0
         run = start(config, extra.resume)
-    except (ValueError, OSError) as error:
-        print(f"azr.py: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if not ran_out_of_memory(error):
+        with run.executor:
+            self_play(run)
+    except KeyboardInterrupt:
+        done = "before the first step" if run is None or run.saved < 0 else f"after step {run.saved}"
+        again = f"; continue with: python azr.py --resume {run.folder}" if run else ""
+        print(f"\nstopped {done}{again}")
+        return 130
+    except (OSError, ValueError, RuntimeError) as error:
+        sentence = explain(error, run)
+        if sentence is None:
             raise
-        print(f"azr.py: out of memory at the start ({first_line(error)}); lower --memory, or choose a smaller --model",
-              file=sys.stderr)  # fmt: skip
+        print(f"azr.py: {sentence}", file=sys.stderr)
         return 2
-    with run.executor:
-        try:
-            if not run.history:
-                begin(run)
-            train(run)
-            report.finish(run)
-        except KeyboardInterrupt:
-            stopped(run)
-            return 130
-        except (OSError, ValueError) as error:
-            if run.history and isinstance(error, ValueError) and not isinstance(error, SetupError):
-                raise  # once it has begun, what was typed is in order: a fault of this program
-            print(f"azr.py: {error}", file=sys.stderr)
-            return 2
-        except RuntimeError as error:
-            if not ran_out_of_memory(error):
-                raise
-            flag = f"--token-budget (now {run.plan.token_budget})" if run.phase == "update" else "--memory"
-            print(f"azr.py: out of memory in {run.phase} ({first_line(error)}); lower {flag} or --max-response, then "
-                  f"--resume {run.folder}", file=sys.stderr)  # fmt: skip
-            return 2
     print(f"smoke ok: {run.step} steps, run folder {run.folder}" if extra.smoke else f"run folder: {run.folder}")
     return 0
+
+
+def self_play(run: Run) -> None:
+    """The whole of a run. Ctrl-C saves the last finished step if it was not yet."""
+    try:
+        if not run.history:
+            begin(run)
+        train(run)
+        report.finish(run)
+    except KeyboardInterrupt:
+        if run.history and not run.halfway and run.saved < run.step:
+            save_checkpoint(run)
+        raise
+
+
+def explain(error: Exception, run: Run | None) -> str | None:
+    """What went wrong and what to change, in one sentence; None for a fault of this program."""
+    again = f"then --resume {run.folder}" if run else "then start again"
+    if isinstance(error, SyncError):
+        return str(error)
+    if isinstance(error, RuntimeError):
+        if not ran_out_of_memory(error):
+            return None
+        if run is None:
+            return f"out of memory at the start ({first_line(error)}); lower --memory, or choose a smaller --model"
+        flag = f"--token-budget (now {run.plan.token_budget})" if run.phase == "update" else "--memory"
+        return f"out of memory in {run.phase} ({first_line(error)}); lower {flag} or --max-response, {again}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error}; free some disk space, {again}"
+    if run and run.history and isinstance(error, ValueError) and not isinstance(error, SetupError):
+        return None  # once it has begun, what was typed is in order
+    return str(error)
 
 
 def begin(run: Run) -> None:
@@ -505,18 +526,6 @@ def begin(run: Run) -> None:
     checkpoint.append(run.folder / "metrics.jsonl", [record])
     report.write_tensorboard(run, record)
     save_checkpoint(run)
-
-
-def stopped(run: Run) -> None:
-    """Ctrl-C: the last finished step is saved if it was not yet."""
-    saved = run.folder / "checkpoint"
-    if (
-        run.history
-        and not run.halfway
-        and (not saved.exists() or int(saved.resolve().name.rpartition("-")[2]) < run.step)
-    ):
-        save_checkpoint(run)
-    print(f"\nstopped after step {run.step}; continue with: python azr.py --resume {run.folder}")
 
 
 if __name__ == "__main__":

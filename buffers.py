@@ -100,8 +100,9 @@ def normalise(program: str) -> str:
                 parts.append(f"{name}[{' '.join(items)}]")
             elif isinstance(value, str) and name in ("id", "arg", "name"):
                 parts.append(bound.get(value, value))
-            elif not isinstance(value, ast.AST):
-                parts.append(f"{name}={type(value).__name__}:{value!r}")
+            elif not isinstance(value, ast.AST):  # Python refuses to write integers of over 4300 digits in decimal
+                text = hex(value) if isinstance(value, int) else repr(value)
+                parts.append(f"{name}={type(value).__name__}:{text}")
             else:
                 parts.append(name)
         digest.update("|".join(parts).encode("utf-8", "backslashreplace") + b"\n")
@@ -175,19 +176,27 @@ def load_buffer(path: Path, capacity: int) -> Buffer:
 
 def load_tasks(path: Path) -> list[Task]:
     """Read tasks from JSONL. Raises ValueError naming file and line when a line is not a whole task."""
-    known = {item.name for item in fields(Task)}
     tasks = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
-                record = json.loads(line)
-                task = Task(**{name: value for name, value in record.items() if name in known})
-                normalise(task.program)
+                tasks.append(read_task(line))
             except (ValueError, TypeError, AttributeError, SyntaxError) as error:
                 raise ValueError(
                     f"{path}, line {number}: not a whole task ({error}); delete the line or restore the file"
                 ) from None
-            if task.kind not in KINDS or not task.inputs or len(task.inputs) != len(task.outputs):
-                raise ValueError(f"{path}, line {number}: a task needs a kind of {KINDS} and one output per input")
-            tasks.append(task)
     return tasks
+
+
+def read_task(line: str) -> Task:
+    known = {item.name for item in fields(Task)}
+    task = Task(**{name: value for name, value in json.loads(line).items() if name in known})
+    "".join([task.program, task.message, task.id, *task.inputs, *task.outputs]).encode()
+    normalise(task.program)
+    if task.kind not in KINDS or not isinstance(task.inputs, list) or not isinstance(task.outputs, list):
+        raise ValueError(f"it needs a kind of {KINDS} and lists of inputs and outputs")
+    if not task.inputs or len(task.inputs) != len(task.outputs):
+        raise ValueError("it needs inputs, and one output for each")
+    if task.kind == "induction" and not 0 < task.visible < len(task.inputs):
+        raise ValueError(f"visible is {task.visible}: of {len(task.inputs)} pairs some must be shown and some hidden")
+    return task

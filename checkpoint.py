@@ -26,8 +26,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from buffers import KINDS, Buffer, load_buffer
+from engine import first_line
 
 LOGS = ("metrics.jsonl", "timing.jsonl", "tasks.jsonl", "rollouts.jsonl", "flagged.jsonl")
 LOGS += tuple(f"buffers/{kind}.jsonl" for kind in KINDS)
@@ -40,8 +42,15 @@ def append(path: Path, records: list[dict]) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a JSONL log; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The records of a JSONL log. Raises ValueError naming the line that is none."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}, line {number}: not a record; restore the file") from None
+    return records
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -76,10 +85,12 @@ def save(run_dir: Path, step: int, policy, tokenizer, optimizer, name: str = "ch
             {"step": step, "optimizer": optimizer.state_dict(), "rng": rng, "log_sizes": log_sizes},
             partial / "trainer.pt",
         )
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(run_dir).free / 1e9
         raise OSError(
-            f"could not write the checkpoint to {folder} ({error}); free some disk space and --resume"
+            f"could not write the checkpoint to {folder} with {free:.3f} GB free there ({first_line(error)}); "
+            f"free some disk space and --resume {run_dir}"
         ) from error
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -87,6 +98,18 @@ def save(run_dir: Path, step: int, policy, tokenizer, optimizer, name: str = "ch
     for older in run_dir.glob(f"{name}-[0-9]*"):
         if older.name != folder.name:
             shutil.rmtree(older, ignore_errors=True)
+
+
+def find(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, None before the first one. A link that a copy lost, or that was not yet made when
+    the run was killed, is made again. Raises ValueError for a folder where the link should be."""
+    link, numbered = run_dir / "checkpoint", sorted(run_dir.glob("checkpoint-[0-9]*"))
+    if link.is_dir() and not link.is_symlink():
+        way = f"remove it, {numbered[-1].name} is the same" if numbered else f"rename it to {link}-000000"
+        raise ValueError(f"{link} must be a link to a numbered folder, not a folder; {way}, then resume again")
+    if not link.exists() and numbered:
+        move_link(link, numbered[-1].name)
+    return link if link.exists() else None
 
 
 def load(run_dir: Path, policy, optimizer, capacity: int) -> tuple[int, dict[str, Buffer]]:
@@ -97,17 +120,25 @@ def load(run_dir: Path, policy, optimizer, capacity: int) -> tuple[int, dict[str
         # mapped: an offloaded optimizer fills host memory already, and its saved states are as large again
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(state["optimizer"])
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        step, rng, log_sizes = int(state["step"]), state["rng"], dict(state["log_sizes"])
+        random.setstate(rng["python"])
+        np.random.set_state(rng["numpy"])
+        torch.set_rng_state(rng["torch"])
+        if "cuda" in rng and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(rng["cuda"])
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{folder}/trainer.pt cannot be read ({error}); start a new run from the weights with --model {folder}"
+            f"{folder}/trainer.pt cannot be read ({first_line(error)}); "
+            f"start a new run from the weights with --model {folder}"
         ) from None
-    rng = state["rng"]
-    random.setstate(rng["python"])
-    np.random.set_state(rng["numpy"])
-    torch.set_rng_state(rng["torch"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(rng["cuda"])
-    for log, size in state["log_sizes"].items():
-        if (run_dir / log).exists() and (run_dir / log).stat().st_size > size:
-            os.truncate(run_dir / log, size)
-    return state["step"], {kind: load_buffer(run_dir / f"buffers/{kind}.jsonl", capacity) for kind in KINDS}
+    for log, size in log_sizes.items():
+        path = run_dir / log
+        found = path.stat().st_size if path.exists() else 0
+        if found > size:
+            os.truncate(path, size)
+        elif found < size and (log == "metrics.jsonl" or log.startswith("buffers")):  # the others are not read again
+            raise ValueError(
+                f"{path} has {found} of the {size} bytes it had at the checkpoint; restore it, "
+                f"or start a new run from the weights with --model {folder}"
+            )
+    return step, {kind: load_buffer(run_dir / f"buffers/{kind}.jsonl", capacity) for kind in KINDS}

@@ -11,7 +11,6 @@ Paper: Table 3 (hyper-parameters); where paper and official code differ the defa
 
 import argparse
 import json
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -25,6 +24,7 @@ def option(default, help: str, paper: str = "", choices: tuple = ()):
     return field(default=default, metadata={"help": help, "paper": paper, "choices": choices})
 
 
+LARGEST = 2**31  # no option needs more, and beyond it sums and sizes overflow
 ABOVE_ZERO = (
     "steps", "batch", "rollouts", "max_prompt", "max_response", "seed_factor", "seed_limit", "buffer_size", "lr",
     "grad_clip", "minibatches", "save_every",
@@ -107,8 +107,8 @@ class Config:
             if choices and value not in choices:
                 known = ", ".join(map(repr, choices))
                 raise ValueError(f"{flag(item.name)} {value!r} is unknown; choose one of {known}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{flag(item.name)} must be a finite number, not {value}")
+            if isinstance(value, int | float) and not abs(value) < LARGEST:  # nan, too
+                raise ValueError(f"{flag(item.name)} must be a number below {LARGEST}, not {value}")
             if item.name in ABOVE_ZERO and value <= 0:
                 raise ValueError(f"{flag(item.name)} must be above 0, not {value}")
             if isinstance(value, int | float) and value < 0 and item.name != "zero_reward":
@@ -199,8 +199,14 @@ def resumed(run_dir: Path, typed: dict) -> Config:
     path = run_dir / "config.json"
     if not path.exists():
         raise ValueError(f"{run_dir} is not a run folder: it has no config.json; give the folder of an earlier run")
-    saved = json.loads(path.read_text(encoding="utf-8"))["config"]
-    config = Config(**{item.name: saved[item.name] for item in fields(Config) if item.name in saved})
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))["config"]
+        config = Config(**{item.name: saved[item.name] for item in fields(Config) if item.name in saved})
+        wrong = [item.name for item in fields(Config) if type(getattr(config, item.name)) is not type(item.default)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or start a new run") from None
+    if wrong:
+        raise ValueError(f"{path} is damaged: {wrong[0]} is {getattr(config, wrong[0])!r}; restore it")
     for name, value in typed.items():
         if name not in (*CHANGEABLE, "out") and value != getattr(config, name):
             raise ValueError(

@@ -17,6 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 Progress = Callable[[int, int], None]  # called with (sequences newly finished, tokens newly generated)
 
 
+class SyncError(RuntimeError):
+    """The engine does not hold the policy's weights as they are now."""
+
+
 @dataclass
 class Completion:
     """One sampled continuation. `token_ids` keeps the end-of-sequence id; `stopped` is False where the length cut it.
@@ -118,8 +122,8 @@ def eos_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     """Every id that ends a response: the tokenizer's and those of the model's generation config."""
     configured = policy.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if isinstance(i, int)})
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__

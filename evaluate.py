@@ -37,15 +37,15 @@ from suites import GROUPS, SUITES, Suite, evalplus_prompt, expand, load_items, m
 def read_responses(path: Path | None, header: dict) -> dict[str, list[dict]]:
     """Responses already in `path`, by item. A half-written last line (a kill) is dropped from the file.
 
-    Raises ValueError where the file was made with other settings.
+    Raises ValueError where the file was made with other settings or weights, or is damaged.
     """
     if path is None or not path.is_file():
         return {}
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     whole = lines[:-1]  # what follows the last newline is a line that was cut
     if not whole:
         return {}
-    old = json.loads(whole[0])
+    old = read_row(path, 1, whole[0], "samples")
     wrong = [key for key in header if key != "data" and header[key] is not None and old.get(key) != header[key]]
     if wrong:
         what = ", ".join(f"{key} {old.get(key)!r} instead of {header[key]!r}" for key in wrong)
@@ -53,10 +53,41 @@ def read_responses(path: Path | None, header: dict) -> dict[str, list[dict]]:
     if lines[-1]:
         path.write_text("\n".join(whole) + "\n", encoding="utf-8")
     found: dict[str, list[dict]] = {}
-    for line in whole[1:]:
-        row = json.loads(line)
+    for number, line in enumerate(whole[1:], 2):
+        row = read_row(path, number, line, "id", "response", "tokens", "truncated", "prefix")
         found.setdefault(row["id"], []).append(row)
     return found
+
+
+def read_row(path: Path, number: int, line: str, *keys: str) -> dict:
+    """One line of a file of ours. Raises ValueError naming it where it is not an object with these keys."""
+    try:
+        row = dict(json.loads(line))
+        return {**row, **{key: row[key] for key in keys}}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}, line {number}: damaged ({error!r}); delete the file.") from None
+
+
+def read_results(path: Path) -> dict[str, dict]:
+    """Records by suite, as `main` writes them. Raises ValueError where the file holds something else."""
+    try:
+        records = dict(json.loads(path.read_text(encoding="utf-8")))
+        for record in records.values():
+            sum(record["scores"].values())
+        return records
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no results.json of an evaluation ({error!r}): move or restore it.") from None
+
+
+def fingerprint(model: str) -> str | None:
+    """A digest of the ends of a folder's weight files, which change with any training; None for a hub name."""
+    digest = hashlib.sha256()
+    for path in sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]):
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16] if Path(model).is_dir() else None
 
 
 def generate(engine, tokenizer, items, prompts, suite, path, header, *, prefix, top_p, bar) -> dict[str, list[dict]]:
@@ -148,6 +179,9 @@ def run_suites(
         path = Path(out_dir, "responses", f"{stem}.jsonl") if out_dir else None
         header = {"model": model, "template": None, "max_tokens": min(suite.max_tokens, max_tokens or suite.max_tokens),
                   "temperature": temperature, "top_p": top_p, "samples": samples, "seed": seed, **about}  # fmt: skip
+        if engine is not None and model:
+            header |= {"weights": fingerprint(model), "engine": engine.name, "dtype": engine.dtype,
+                       "max_model_len": engine.max_model_len}  # fmt: skip
         if engine is None:
             header = score_only_header(path, name)
             done = read_responses(path, about)
@@ -174,7 +208,8 @@ def run_suites(
 def score_only_header(path: Path | None, name: str) -> dict:
     if path is None or not path.is_file():
         raise ValueError(f"There are no responses of {name} to score at {path}: generate them first, or check --out.")
-    return json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    return read_row(path, 1, first, "samples", "template", "max_tokens", "temperature")
 
 
 def score(suite: Suite, name: str, rows, answers, header: dict, executor, progress: bool) -> dict:
@@ -275,7 +310,13 @@ def score_samples(name: str, path: Path, data_dir: Path, files: dict[str, Path],
 def check_data(specs: Sequence[str], data_dir: Path, files: dict[str, Path]) -> None:
     """Read all data once and throw them away: what is missing shows before a model is loaded. Raises as `run_suites`
     does, also for a package that is not installed."""
-    for _, name, _ in expand(specs):
+    names = [name for _, name, _ in expand(specs)]
+    stems = [Path(name.partition(":")[2] or name).stem for name in names]
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise ValueError(
+            f"Two suites have the name {twice[0]}, under which results are kept: name each once, or rename a file."
+        )
+    for name in names:
         suite, _, about = load_items(name, data_dir, files)
         if suite.group == "math":
             scoring.require_math_verify()
@@ -332,8 +373,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--samples-file", type=Path, help="score this file (task_id, solution) of one suite instead of a model")
     add("--baseline", type=Path, help="results.json of another run to compare with, item by item")
     args = parser.parse_args(argv)
-    if args.samples < 1 or (args.limit is not None and args.limit < 1) or args.temperature < 0:
-        raise ValueError("--samples and --limit must be at least 1, --temperature at least 0.")
+    counts = (args.samples, args.limit, args.max_tokens, args.max_model_len)
+    if min(count for count in counts if count is not None) < 1:
+        raise ValueError("--samples, --limit, --max-tokens and --max-model-len must be at least 1.")
+    if not (0 <= args.temperature < 100 and 0 < args.top_p <= 1):
+        raise ValueError("--temperature must be from 0 to 100, --top-p above 0 and at most 1.")
+    for name, _, path in (given.partition("=") for given in args.file):
+        if name not in SUITES or not path or not Path(path).exists():
+            raise ValueError(f"--file {name}={path}: give SUITE=PATH, a suite of {', '.join(SUITES)} and its data.")
     if args.samples > 1 and args.temperature == 0:
         raise ValueError(f"{args.samples} greedy samples are {args.samples} times the same: give a --temperature.")
     if not (args.model or args.score_only or args.samples_file):
@@ -351,6 +398,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         specs = args.suites.split(",")
         plan = expand(specs)
         files = dict((name, Path(path)) for name, _, path in (given.partition("=") for given in args.file))
+        target = args.out / "results.json"
+        before = read_results(args.baseline) if args.baseline else None  # all that may be wrong shows before the work
+        kept = read_results(target) if target.is_file() else {}
+        args.out.mkdir(parents=True, exist_ok=True)
         if args.samples_file:
             if len(plan) != 1:
                 raise ValueError("--samples-file holds samples of one suite: name exactly one in --suites.")
@@ -363,16 +414,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 template=args.template, samples=args.samples, temperature=args.temperature, top_p=args.top_p,
                 max_tokens=args.max_tokens, seed=args.seed, model=args.model, progress=True,
             )  # fmt: skip
-        before = json.loads(args.baseline.read_text()) if args.baseline else None
-        args.out.mkdir(parents=True, exist_ok=True)
-        target = args.out / "results.json"
-        kept = json.loads(target.read_text()) if target.is_file() else {}
-        target.write_text(json.dumps(kept | records, indent=1) + "\n")
+        target.with_suffix(".tmp").write_text(json.dumps(kept | records, indent=1) + "\n", encoding="utf-8")
+        target.with_suffix(".tmp").replace(target)
         print("\n".join(summary(records)))
         if before:
             print("\n".join(compare(before, records)))
         print(f"results: {target}")
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on at the first missing response", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     return 0

@@ -231,8 +231,12 @@ def main() -> int:
         return doctor()
     if arguments.file is None:
         parser.error("give a FILE and an INPUT, or --doctor")
+    try:
+        program = Path(arguments.file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"{arguments.file} is no Python file that can be read ({error})")
     with Executor(2) as executor:
-        [[result]] = executor.validate([(Path(arguments.file).read_text(encoding="utf-8"), [arguments.input])])
+        [[result]] = executor.validate([(program, [arguments.input])])
     print(f"verdict  {result.verdict} {result.error}\noutput   {result.output}")
     print(f"cpu      {result.cpu_s * 1000:.1f} ms\nwall     {result.wall_s * 1000:.1f} ms")
     return 0 if result.ok else 1

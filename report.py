@@ -20,16 +20,15 @@ from memory import GB
 from run import Rollout, Run
 
 
-def log(run: Run, proposals: list[Rollout], attempts: list[Rollout], measured: dict, seconds: float) -> dict:
-    """One flat record into metrics.jsonl, every proposal into tasks.jsonl, some full texts into rollouts.jsonl, and
-    one status line on the terminal."""
+def log(run: Run, proposals: list[Rollout], attempts: list[Rollout], update: dict, seconds: float) -> dict:
+    """One flat record into metrics.jsonl, every proposal into tasks.jsonl, some full texts into rollouts.jsonl."""
     config, step = run.config, run.step
     rollouts = [*proposals, *attempts]
     record = {
         "step": step,
         "valid_share": mean(item.task is not None for item in proposals),
         "solve_rate": mean(item.correct for item in attempts),
-        **measured,
+        **update,
         **health.cell_metrics(rollouts, config.rollouts),
         **health.buffer_metrics(run.buffers),
     }
@@ -51,10 +50,14 @@ def log(run: Run, proposals: list[Rollout], attempts: list[Rollout], measured: d
     checkpoint.append(run.folder / "rollouts.jsonl", [rollout_record(item) for item in sampled])
     checkpoint.append(run.folder / "flagged.jsonl", [{"flags": names, **rollout_record(i)} for i, names in flagged])
     write_tensorboard(run, record | timing)
+    return record
+
+
+def show(run: Run, record: dict, seconds: float) -> None:
+    """One status line on the terminal, and the alarms."""
     print(status_line(run, record, seconds))
     for alarm in record["alarms"]:
-        print(f"ALARM at step {step}: {alarm}")
-    return record
+        print(f"ALARM at step {record['step']}: {alarm}")
 
 
 def peaks(run: Run) -> tuple[float, float]:

@@ -13,11 +13,14 @@ Paper: section 3.3 (rollouts of both roles at temperature 1).
     engine.sync(policy)                                    # after every optimizer step
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -29,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from engine import Completion, Engine, Request, eos_ids, first_line
+from engine import Completion, Engine, Request, SyncError, eos_ids, first_line
 from memory import PREFILL_TOKENS
 from vllm_engine import VllmEngine, import_vllm, vllm_build
 
@@ -39,6 +42,9 @@ MODEL_ALIASES = {
     for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B")
     for kind in ("", "-Instruct")
 }
+# What transformers raises for damaged folders: its own checks, those of the libraries below it, or none at all.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, EOFError, UnpicklingError)
+LOAD_ERRORS += (SafetensorError, StrictDataclassError)
 SYNC_LIMIT = 0.1  # nats per token; bf16 noise is below 0.05, stale weights were seen at 0.2 and more
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,8 +69,13 @@ def load_config(name: str) -> PretrainedConfig:
     path = resolve_model(name)
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"There is no model {path} to be had here: {first_line(error)}") from error
+    except LOAD_ERRORS as error:
+        what = (
+            f"The config.json of {path} is damaged"
+            if Path(path).is_dir()
+            else f"There is no model {path} to be had here"
+        )
+        raise ValueError(f"{what}: {first_line(error)}") from error
 
 
 def load_policy(name: str, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -77,16 +88,20 @@ def load_policy(name: str, device: str, dtype: str) -> tuple[PreTrainedModel, Pr
     config = load_config(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise ValueError(f"{path} has no usable tokenizer: put its tokenizer.json beside config.json.") from error
     try:
         policy, report = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=getattr(torch, dtype), output_loading_info=True
+            path, config=config, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         raise ValueError(f"The weights of {path} could not be loaded: {first_line(error)}") from error
+    if other := [key for key, *_ in report["mismatched_keys"]]:
+        raise ValueError(f"The weights of {path} have other sizes than its config.json says, first {min(other)}.")
     if report["missing_keys"]:  # transformers would leave them random
         raise ValueError(f"The weights of {path} are incomplete: {min(report['missing_keys'])} is missing.")
+    if more := [key for key in report["unexpected_keys"] if ".layers." in key]:  # transformers would drop them
+        raise ValueError(f"The weights of {path} hold {min(more)}, which its config.json does not have: restore it.")
     if not eos_ids(policy, tokenizer):
         raise ValueError(f"{path} names no end-of-sequence token: set eos_token in its tokenizer_config.json.")
     return policy.to(device), tokenizer
@@ -300,7 +315,8 @@ def check_sync(
 ) -> float:
     """Mean |engine logprob - policy logprob| in nats over tokens sampled from `prompts`: are the weights the policy's?
 
-    Finds stale weights, a head that was not pushed, other sampling settings. Raises RuntimeError above `SYNC_LIMIT`.
+    Finds stale weights, a head that was not pushed, other sampling settings. Raises SyncError above `SYNC_LIMIT`, and
+    for a policy whose probabilities are no numbers.
     """
     answers = engine.generate(prompts, max_new_tokens=max_new_tokens, seed=seed, logprobs=True)
     was_training, distances = policy.training, []
@@ -313,8 +329,12 @@ def check_sync(
         distances.append((chosen - torch.tensor(answer.logprobs, device=policy.device)).abs())
     policy.train(was_training)
     mean = torch.cat(distances).mean().item()
-    if not mean <= SYNC_LIMIT:  # also catches nan
-        raise RuntimeError(
+    if math.isnan(mean):
+        raise SyncError(
+            "The policy's probabilities are no numbers, so its weights are damaged: choose another --model."
+        )
+    if mean > SYNC_LIMIT:
+        raise SyncError(
             f"The {engine.name} engine does not sample from the policy (logprobs differ by {mean:.3g} nats per token, "
             f"limit {SYNC_LIMIT}), so its weights are stale: use the transformers engine."
         )

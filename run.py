@@ -80,6 +80,7 @@ class Run:
     plan: memory.Plan
     buffers: dict[str, Buffer]
     step: int = 0
+    saved: int = -1  # the step of the newest checkpoint
     halfway: bool = False  # the policy may be in the middle of an update: not a state to save
     phase: str = ""  # the one that runs now
     seconds: Counter = field(default_factory=Counter)  # per phase of the current step
@@ -221,24 +222,37 @@ def place(config: Config) -> tuple[str, str]:
     return device, dtype
 
 
+def try_chat_template(model: str, tokenizer) -> None:
+    """Raise ValueError where a tokenizer has no chat template that takes a dialogue."""
+    from jinja2 import TemplateError  # comes with transformers, which needs it for templates alone
+
+    if not tokenizer.chat_template:
+        raise ValueError(f"{model} has no chat template; use --template plain")
+    try:
+        prompts.wrap(["one", "two", "three"], tokenizer, "chat")
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(f"the chat template of {model} fails ({error}); use --template plain") from None
+
+
 def start(config: Config, resume: str | None) -> Run:
     """Load everything, and after --resume bring every state back to the last finished step."""
     if sys.platform == "win32":
         raise ValueError("azr needs Linux or macOS: the executor has no way to contain programs on Windows; use WSL")
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what matters of its warnings, `load_policy` says
     transformers.set_seed(config.seed)  # for dropout, where a model has it; all other draws use `Run.rng`
     executor = Executor()  # first: its servers must start before this process grows or touches the GPU
     device, dtype = place(config)
     plan = describe(config)
     folder = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{Path(config.model).name}")
-    has_checkpoint = resume and (folder / "checkpoint").exists()
-    if not resume and folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another --out")
+    if not resume and folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another --out, or --resume {folder}")
-    policy, tokenizer = rollout.load_policy(
-        str(folder / "checkpoint") if has_checkpoint else config.model, device, dtype
-    )
-    if config.template == "chat" and not tokenizer.chat_template:
-        raise ValueError(f"{config.model} has no chat template; use --template plain")
+    saved = checkpoint.find(folder) if resume else None
+    policy, tokenizer = rollout.load_policy(str(saved or config.model), device, dtype)
+    if config.template == "chat":
+        try_chat_template(config.model, tokenizer)
     if plan.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     optimizer = MasterAdamW(policy, weight_decay=config.weight_decay, offload=plan.offload_optimizer)
@@ -259,11 +273,14 @@ def start(config: Config, resume: str | None) -> Run:
     except RuntimeError as error:  # vLLM was asked for and cannot be had
         raise ValueError(f"{error}; choose another --engine") from error
     run = Run(config, folder, policy, tokenizer, engine, optimizer, executor, plan, {k: Buffer(1) for k in KINDS})
-    if resume and not has_checkpoint:  # stopped before the first checkpoint: nothing in the logs counts
+    if resume and not saved:  # stopped before the first checkpoint: nothing in the logs counts
         for log in checkpoint.LOGS:
             (folder / log).unlink(missing_ok=True)
-    if has_checkpoint:
+    if saved:
         run.step, run.buffers = checkpoint.load(folder, policy, optimizer, config.buffer_size)
+        run.saved = run.step
+        if run.step > config.steps:
+            raise ValueError(f"{folder} has {run.step} steps already, --steps {config.steps} is less; raise it")
         for record in checkpoint.read_log(folder / "metrics.jsonl"):
             run.remember(record)
         engine.sync(policy)

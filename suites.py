@@ -12,6 +12,7 @@ Paper: section 4.1 and appendix C (suites and protocol), Table 1 (groups and ave
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -196,7 +197,7 @@ def expand(specs: Sequence[str]) -> list[tuple[str, str, int | None]]:
     found = []
     for spec in specs:
         head, colon, tail = spec.strip().rpartition(":")
-        name, limit = (head, int(tail)) if colon and tail.isdigit() else (spec.strip(), None)
+        name, limit = (head, int(tail)) if colon and tail.isdecimal() else (spec.strip(), None)
         if limit == 0:
             raise ValueError(f"{spec} asks for no item: give a limit of at least 1, or none for the whole suite.")
         for one in GROUPS.get(name, (name,)):
@@ -218,6 +219,8 @@ def load_items(name: str, data_dir: Path, files: dict[str, Path]) -> tuple[Suite
         if not path.is_file():
             raise FileNotFoundError(f"There is no task file {path}: give the path of a JSONL file of tasks.")
         tasks = load_tasks(path)
+        if not tasks:
+            raise ValueError(f"{path} has no tasks: give a JSONL file of tasks.")
         items = [Item(task.id or str(i), solve_prompt(task), task) for i, task in enumerate(tasks)]
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return _reason(path.name, "", None), items, {"data": str(path), "data_sha256": digest}
@@ -228,18 +231,26 @@ def load_items(name: str, data_dir: Path, files: dict[str, Path]) -> tuple[Suite
         paths = sorted(given.glob("*.jsonl*"))
     paths = [path for path in paths if path.is_file()][: None if given else 1]
     if paths:
-        data = b"".join(gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes() for p in paths)
-        rows = [json.loads(line) for line in data.split(b"\n") if line.strip()]
+        try:
+            data = b"".join(gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes() for p in paths)
+            rows = [json.loads(line) for line in data.split(b"\n") if line.strip()]
+        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{paths[0]} is damaged ({error}): get the data of {name} again.") from None
     else:
         rows = load_from_hub(name, suite, data_dir)
         data = json.dumps(rows, sort_keys=True, default=str).encode()
     about = {"data": str(paths[0]) if paths else suite.source, "data_sha256": hashlib.sha256(data).hexdigest()}
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{about['data']} has no items of {name}: get its data again.")
     public_only = sum("private_test_cases" not in row for row in rows) if suite.item is lcb_item else 0
     if public_only:
         about["note"] = (
             f"{public_only} of {len(rows)} problems of {name} have public tests only; scores will be too high"
         )
-    return suite, [suite.item(row, index) for index, row in enumerate(rows)], about
+    try:
+        return suite, [suite.item(row, index) for index, row in enumerate(rows)], about
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{about['data']} is not the data of {name} ({error!r} in a line): get them again.") from None
 
 
 def load_from_hub(name: str, suite: Suite, data_dir: Path) -> list[dict]:

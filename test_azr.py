@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -261,6 +262,11 @@ def test_programs_that_differ_in_names_of_outer_variables_or_in_defaults_are_two
     assert normalise(outer.format("a")) != normalise(outer.format("b"))
     first, second = "def f(x, *, a=1, b): return x", "def f(x, *, a, b=1): return x"
     assert normalise(first) != normalise(second)
+
+
+def test_normalise_survives_integers_that_python_does_not_print():
+    assert normalise("x = 0x" + "f" * 5000) != normalise("x = 0x" + "f" * 5001)
+    assert normalise("x = 1") != normalise("x = True")
 
 
 def test_normalise_survives_deep_programs():
@@ -587,10 +593,13 @@ def test_a_model_too_weak_to_seed_says_how_many_and_why(tmp_path):
     [
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--batch", "-1"], "--batch must be above 0"),
-        (["--lr", "nan"], "--lr must be a finite number"),
+        (["--lr", "nan"], "--lr must be a number below"),
+        (["--eval-every", "1", "--eval-suites", "tasks:a/t.jsonl,tasks:b/t.jsonl"], "Two suites have the name t"),
+        (["--out", str(HERE / "README.md")], "README.md is a file"),
         (["--importance-cap", "-1"], "--importance-cap must not be negative"),
         (["--grad-clip", "0"], "--grad-clip must be above 0"),
         (["--inputs", "11"], "--inputs must be 2"),
+        (["--rollouts", "999999999999"], "--rollouts must be a number below"),
         (["--preset", "9000b"], "choose one of"),
         (["--tasks", "deduction,divination"], "divination"),
         (["--template", "fancy"], "--template"),
@@ -612,6 +621,8 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(capsys, arguments, words)
         (["--seeds", "bad.jsonl"], "bad.jsonl, line 1"),
         (["--seeds", "missing.jsonl"], "missing.jsonl"),
         (["--seeds", "nopython.jsonl"], "nopython.jsonl, line 2"),
+        (["--seeds", "binary.jsonl"], "binary.jsonl, line 1"),
+        (["--seeds", "all_shown.jsonl"], "visible is 99"),
         (["--eval-every", "1", "--eval-suites", "divination"], "choose from humaneval"),
         (["--eval-every", "1", "--eval-suites", "tasks:missing.jsonl"], "missing.jsonl"),
     ],
@@ -620,6 +631,8 @@ def test_what_turns_out_wrong_before_the_first_step_is_one_sentence(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text("{}\n")
     save_tasks(tmp_path / "nopython.jsonl", [zero_task("deduction"), Task("abduction", "def f(:", ["1"], ["1"])])
+    save_tasks(tmp_path / "all_shown.jsonl", [replace(zero_task("induction"), visible=99)])
+    (tmp_path / "binary.jsonl").write_bytes(bytes(range(256)))
     seeds = [] if "--seeds" in arguments or "--max-prompt" in arguments else ["--seeds", "seeds.jsonl"]
     save_tasks(tmp_path / "seeds.jsonl", [zero_task(kind) for kind in KINDS])
     assert azr.main([*SMALL, *seeds, "--steps", "1", "--out", "r", *arguments]) == 2
@@ -632,12 +645,99 @@ def test_a_run_of_another_model_is_refused(whole_run, capsys):
     assert "start a new run" in capsys.readouterr().err
 
 
-def test_a_truncated_buffer_names_file_and_line(whole_run, tmp_path, capsys):
+def test_a_damaged_buffer_names_file_and_line(whole_run, tmp_path, capsys):
     shutil.copytree(whole_run, tmp_path / "r", symlinks=True)
     path = tmp_path / "r/buffers/deduction.jsonl"
-    path.write_text(path.read_text()[:-30])
+    path.write_text(path.read_text()[:-30] + "x" * 30)
     assert azr.main(["--resume", str(tmp_path / "r"), "--steps", "4"]) == 2
     assert "deduction.jsonl, line" in capsys.readouterr().err
+
+
+def test_a_copy_without_the_link_goes_on_from_the_newest_checkpoint(whole_run, tmp_path, capsys):
+    folder = shutil.copytree(whole_run, tmp_path / "r", symlinks=True)
+    (folder / "checkpoint").unlink()
+    assert azr.main(["--resume", str(folder), "--steps", "3"]) == 0
+    assert "after step 3" in capsys.readouterr().out
+    assert_same_run(whole_run, folder)
+    (folder / "checkpoint").unlink()
+    shutil.copytree(folder / "checkpoint-000003", folder / "checkpoint")
+    assert azr.main(["--resume", str(folder), "--steps", "3"]) == 2
+    assert "remove it, checkpoint-000003 is the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("metrics.jsonl", None, "it had at the checkpoint"),
+        ("metrics.jsonl", "{}\n" * 9999, "metrics.jsonl, line 1"),
+        ("buffers/deduction.jsonl", "", "it had at the checkpoint"),
+        ("config.json", "", "config.json is damaged"),
+        ("config.json", "{}", "config.json is damaged"),
+        ("config.json", '{"config": {"batch": "3"}}', "batch is '3'"),
+        ("checkpoint/trainer.pt", "", "trainer.pt cannot be read"),
+        ("checkpoint/config.json", "null", "config.json of"),
+    ],
+)
+def test_a_damaged_run_folder_is_named_and_left_as_it_is(whole_run, tmp_path, capsys, file, text, words):
+    folder = shutil.copytree(whole_run, tmp_path / "r", symlinks=True)
+    (folder / file).unlink() if text is None else (folder / file).write_text(text)
+    assert azr.main(["--resume", str(folder), "--steps", "4"]) == 2
+    message = capsys.readouterr().err.strip()
+    assert words in message and "\n" not in message
+    assert (folder / "checkpoint").resolve().name == "checkpoint-000003"
+    assert (folder / "seeds.jsonl").read_bytes() == (whole_run / "seeds.jsonl").read_bytes()
+
+
+def test_fewer_steps_than_are_done_is_refused(whole_run, capsys):
+    assert azr.main(["--resume", str(whole_run), "--steps", "1"]) == 2
+    assert "has 3 steps already" in capsys.readouterr().err
+
+
+def test_a_trainer_state_of_something_else_is_refused(whole_run, tmp_path, capsys):
+    folder = shutil.copytree(whole_run, tmp_path / "r", symlinks=True)
+    state = torch.load(folder / "checkpoint/trainer.pt")
+    for other in ([1, 2], {name: value for name, value in state.items() if name != "log_sizes"}):
+        torch.save(other, folder / "checkpoint/trainer.pt")
+        assert azr.main(["--resume", str(folder), "--steps", "4"]) == 2
+        assert "trainer.pt cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
+@pytest.mark.parametrize("size", [20_000, 2_000_000, 8_000_000])
+def test_a_disk_that_fills_leaves_the_last_checkpoint(whole_run, tmp_path, size):
+    """A limit on the size of a file stands for the disk: it fails in the weights, in the optimizer's state or in a
+    log, with the same kinds of errors."""
+    folder = shutil.copytree(whole_run, tmp_path / "r", symlinks=True)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    command = [sys.executable, str(HERE / "azr.py"), "--resume", str(folder), "--steps", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=HERE, preexec_fn=limit)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert (folder / "checkpoint").resolve().name == "checkpoint-000003"
+    assert not list(folder.glob("*.partial"))
+    assert cli("--resume", str(folder), "--steps", "3").returncode == 0
+    assert_same_run(whole_run, folder)
+
+
+def test_the_best_checkpoint_is_saved_before_the_newest(whole_run, tmp_path, monkeypatch):
+    """A kill between the two must not leave a run that goes on behind a best step it never kept."""
+    saved, save = [], azr.checkpoint.save
+    monkeypatch.setattr(azr.checkpoint, "save", lambda *arguments: (saved.append(arguments[-1]), save(*arguments)))
+    arguments = [*SMALL, "--seeds", str(whole_run / "seeds.jsonl"), "--out", str(tmp_path / "r"), "--steps", "1"]
+    arguments += ["--eval-every", "1", "--eval-suites", f"tasks:{HERE / 'tiny/test.jsonl'}:3", "--keep-best"]
+    assert azr.main(arguments) == 0
+    assert saved in (["checkpoint", "checkpoint"], ["checkpoint", "best", "checkpoint"])
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(azr, "start", interrupted)
+    assert azr.main([*SMALL, "--out", str(tmp_path / "r")]) == 130
+    assert capsys.readouterr().out.strip() == "stopped before the first step"
 
 
 def test_a_broken_trainer_state_says_what_to_do(whole_run, tmp_path, capsys):

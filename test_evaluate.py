@@ -11,12 +11,14 @@ import json
 import math
 import os
 import pickle
+import shutil
 import zlib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 import comparison
 import evaluate
@@ -427,6 +429,10 @@ def test_missing_data_name_file_and_source(tmp_path, capsys):
         (["--samples", "4"], "--temperature"),
         (["--limit", "0"], "at least 1"),
         (["--baseline", "nowhere.json"], "nowhere.json"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--top-p", "0"], "--top-p"),
+        (["--max-model-len", "0"], "--max-model-len"),
+        (["--file", "mbpp"], "SUITE=PATH"),
         (["--model", ""], "--score-only"),
     ],
 )
@@ -475,6 +481,44 @@ def test_interrupted_run_continues_at_the_first_missing_item(model, tmp_path):
     assert path.read_text() == text
     with pytest.raises(ValueError, match="seed 5 instead of 6"):
         run(out_dir=tmp_path / "cut", seed=6)
+
+
+def test_responses_of_other_weights_are_not_taken_for_the_models(model, tmp_path):
+    folder, engine, tokenizer = model
+    trained = shutil.copytree(folder, tmp_path / "trained")
+    run = partial(evaluate.run_suites, ["cruxeval-o:2"], engine, tokenizer, data_dir=write_bench(tmp_path),
+                  max_tokens=4, out_dir=tmp_path / "out", model=str(trained))  # fmt: skip
+    before = run()
+    assert run() == before
+    weights = load_file(trained / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, trained / "model.safetensors")
+    with pytest.raises(ValueError, match="weights '"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("data/cruxeval.jsonl", '{"id": 1}\n'),
+        ("data/cruxeval.jsonl", "{"),
+        ("data/cruxeval.jsonl", ""),
+        ("out/results.json", "[1]"),
+        ("out/responses/cruxeval-o.jsonl", '{"samples": 1}\n[]\n'),
+        ("before.json", '{"cruxeval-o": 3}'),
+    ],
+)
+def test_damaged_files_are_named_before_anything_is_lost(model, tmp_path, capsys, file, text):
+    (tmp_path / "data").mkdir()
+    write_bench(tmp_path / "data")
+    (tmp_path / "before.json").write_text("{}")
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(text)
+    command = ["--suites", "cruxeval-o:2", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    command += ["--baseline", str(tmp_path / "before.json")]
+    command += ["--score-only"] if "responses" in file else ["--model", str(model[0]), "--engine", "transformers"]
+    assert evaluate.main(command) == 2
+    message = capsys.readouterr().err.strip()
+    assert Path(file).name in message and "\n" not in message and (tmp_path / file).read_text() == text
 
 
 def test_score_only_repeats_the_scores(model, tmp_path, capsys):

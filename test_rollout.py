@@ -1,6 +1,7 @@
 """Tests of the generation engines on real models: a tiny random Llama, and vLLM in this process where installed."""
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rollout
 import vllm_engine
+from engine import SyncError
 from rollout import TransformersEngine, check_sync, load_policy, make_engine, resolve_model, sample
 
 EOS, VOCABULARY = 2, 128
@@ -311,7 +313,7 @@ def test_bfloat16_compute_over_float32_weights(loaded):
 def test_check_sync_stops_an_engine_that_samples_from_other_weights(model_path, tmp_path):
     engine = engine_of(load_policy(str(model_path), "cpu", "float32"))
     other, _ = load_policy(str(build_model(tmp_path, seed=1)), "cpu", "float32")
-    with pytest.raises(RuntimeError, match="weights are stale"):
+    with pytest.raises(SyncError, match="weights are stale"):
         check_sync(engine, other, prompts_of([9, 14]))
 
 
@@ -358,6 +360,36 @@ def test_folders_that_lack_something(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             load_policy(str(tmp_path / folder), "cpu", "float32")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"num_hidden_layers": 1}, "model.layers.1"),
+        ("config.json", {"hidden_size": "x"}, "config.json of .* is damaged"),
+        ("config.json", {"num_attention_heads": None}, "config.json of .* is damaged"),
+        ("config.json", {"intermediate_size": 48}, "other sizes than its config.json says"),
+        ("tokenizer_config.json", {"tokenizer_class": 5}, "no usable tokenizer"),
+        ("generation_config.json", {"eos_token_id": "x"}, "no end-of-sequence token"),
+    ],
+)
+def test_damaged_folders_get_one_sentence(tmp_path, file, change, message):
+    folder = build_model(tmp_path / "model", **({"eos": None} if "eos_token_id" in change else {}))
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | change))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_policy(str(folder), "cpu", "float32")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_no_numbers_are_called_so(tmp_path):
+    folder = build_model(tmp_path / "model")
+    policy, tokenizer = load_policy(str(folder), "cpu", "float32")
+    with torch.no_grad():
+        next(policy.parameters()).fill_(math.nan)
+    engine = make_engine("transformers", str(folder), policy, tokenizer, dtype="float32", max_model_len=64)
+    with pytest.raises(SyncError, match="no numbers"):
+        check_sync(engine, policy, prompts_of([9, 14]))
 
 
 def test_load_policy_gives_device_and_dtype(model_path):
@@ -451,7 +483,7 @@ def test_vllm_follows_an_update_and_a_missing_sync_is_found(vllm):
     assert check_sync(engine, policy, prompts) < 1e-4
     for _ in range(3):
         step(policy, prompts[0])
-    with pytest.raises(RuntimeError, match="weights are stale"):
+    with pytest.raises(SyncError, match="weights are stale"):
         check_sync(engine, policy, prompts)
     engine.sync(policy)
     assert check_sync(engine, policy, prompts) < 1e-4  # embeddings are tied: the head was pushed, too

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from engine import Completion, Engine, first_line
+from engine import Completion, Engine, SyncError, first_line
 from memory import PREFILL_TOKENS
 
 # First and last vLLM release whose weight reload this module knows; outside of it the engine refuses to start.
@@ -94,7 +94,7 @@ class VllmEngine(Engine):
 
     def _run(self, requests, top_p, stop, progress):
         if not self.fresh:
-            raise RuntimeError("The vLLM engine holds no weights of the policy: call sync(policy) first.")
+            raise SyncError("The vLLM engine holds no weights of the policy: call sync(policy) first.")
         engine, results = self.llm.llm_engine, [[] for _ in requests]
         for i, request in enumerate(requests):
             params = self.sampling_params(
@@ -127,7 +127,7 @@ class VllmEngine(Engine):
         """Push the policy's weights into the engine and drop the prefixes cached under the old ones.
 
         Raises ValueError before anything is touched where names or shapes are not those the engine was built for: vLLM
-        does not recover from a failed reload. Raises RuntimeError where the prefix cache could not be dropped.
+        does not recover from a failed reload. Raises SyncError where the prefix cache could not be dropped.
         """
         weights = policy.state_dict()  # unlike named_parameters() it repeats a tied head, which CPU vLLM keeps apart
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
@@ -144,7 +144,7 @@ class VllmEngine(Engine):
             self.llm.wake_up(tags=["kv_cache"])
             self.sleeping.remove("kv_cache")
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept prefixes of the old weights: a generation was still running during the sync.")
+            raise SyncError("vLLM kept prefixes of the old weights: a generation was still running during the sync.")
         self.fresh = True
 
     def sleep(self) -> None:
