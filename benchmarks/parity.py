@@ -4,7 +4,7 @@ What it does: the booleans of stored samples against EvalPlus's, all 164 + 378 r
 and gold answers, math-verify's pairs, and every gold of the six mathematics sets against itself.
 What it leaves out: generation. Data and stored verdicts are not in this repository: give their folder.
 
-    python benchmarks/parity.py ../shared/bench
+    python benchmarks/parity.py FOLDER
 """
 
 import json
@@ -105,4 +105,6 @@ def main(folder: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "../shared/bench"))
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "parity").is_dir():
+        sys.exit("usage: python benchmarks/parity.py FOLDER, with the data and a folder `parity` of stored verdicts")
+    sys.exit(main(sys.argv[1]))

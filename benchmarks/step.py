@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import memory
 from executor import Executor
 from optimizer import MasterAdamW
-from rollout import choose_engine, load_policy, make_engine
+from rollout import choose_engine, load_config, load_policy, make_engine
 from run import held_bytes
 from trr import Sample, update
 
@@ -201,7 +201,10 @@ def main() -> None:
 
     executor = Executor()  # first: its servers should start while this process is small
     scratch = tempfile.TemporaryDirectory()
-    config = AutoConfig.from_pretrained(options.model) if options.model else CONFIGS[options.config]
+    try:
+        config = load_config(options.model) if options.model else CONFIGS[options.config]
+    except ValueError as error:
+        parser.error(str(error))
     card = None
     if device == "cuda":
         total = torch.cuda.mem_get_info()[1]
