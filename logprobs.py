@@ -20,26 +20,24 @@ class _TokenLogprobs(torch.autograd.Function):
     """See `token_logprobs`. Saves hidden (T, H), weight (V, H) and targets (T,); logits (chunk, V) are made twice."""
 
     @staticmethod
-    def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(C, H) -> (C, V): product in the model's dtype, softmax in fp32 (fp64 for fp64 input)."""
-        logits = F.linear(hidden, weight, bias)
-        if temperature != 1.0:
-            logits = logits / temperature
-        return torch.log_softmax(logits, -1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return torch.log_softmax(F.linear(hidden, weight, bias), -1, dtype=wide)
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, chunk, entropy_grad):
+    def forward(ctx, hidden, weight, bias, targets, chunk, entropy_grad):
         logprob = torch.empty(
             len(targets), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32)
         )
         entropy = torch.empty_like(logprob)  # (T,)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logp = _TokenLogprobs.log_softmax(hidden[part], weight, bias, temperature)  # (C, V)
+            logp = _TokenLogprobs.log_softmax(hidden[part], weight, bias)  # (C, V)
             logprob[part] = logp.gather(-1, targets[part, None]).squeeze(-1)
             entropy[part] = -torch.einsum("cv,cv->c", logp.exp(), logp)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.temperature, ctx.chunk, ctx.entropy_grad = temperature, chunk, entropy_grad
+        ctx.chunk, ctx.entropy_grad = chunk, entropy_grad
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return logprob, entropy
@@ -54,7 +52,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=grad_logprob.dtype) if need_bias else None
         for start in range(0, len(targets), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logp = _TokenLogprobs.log_softmax(hidden[part], weight, bias, ctx.temperature)  # (C, V)
+            logp = _TokenLogprobs.log_softmax(hidden[part], weight, bias)  # (C, V)
             if ctx.entropy_grad:  # dH/dlogit = -p (log p + H), dlogprob/dlogit = onehot - p
                 p = logp.exp()
                 entropy = -torch.einsum("cv,cv->c", p, logp)
@@ -63,8 +61,6 @@ class _TokenLogprobs(torch.autograd.Function):
             else:
                 grad = logp.exp_().mul_(-grad_logprob[part, None])
             grad.scatter_add_(-1, targets[part, None], grad_logprob[part, None])
-            if ctx.temperature != 1.0:
-                grad /= ctx.temperature
             if need_bias:
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
@@ -74,7 +70,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(grad.T, hidden[part])
             elif need_weight:
                 grad_weight += grad.T @ hidden[part]
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def token_logprobs(
@@ -82,7 +78,6 @@ def token_logprobs(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
     chunk: int = 512,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -94,4 +89,4 @@ def token_logprobs(
     O(T x V), for one extra head product. Measured at T = 4,096, V = 151,936, H = 896 in fp32: 1.5 GB at the peak of
     forward and backward instead of 7.5 GB. Gradients flow through `entropy` only with `entropy_grad=True`.
     """
-    return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature, chunk, entropy_grad)
+    return _TokenLogprobs.apply(hidden, weight, bias, targets, chunk, entropy_grad)

@@ -79,10 +79,10 @@ def relative_distance(a: dict, b: dict) -> float:
     return math.sqrt(distance / sum(float(b[n].square().sum()) for n in b))
 
 
-def naive_logprobs(policy, sample, temperature=1.0):
+def naive_logprobs(policy, sample):
     """Log-softmax of all logits of one unpadded row, float64: (response length, V)."""
     ids = torch.tensor([sample.prompt_ids + sample.response_ids])
-    logits = policy(ids).logits[0, len(sample.prompt_ids) - 1 : -1].double() / temperature
+    logits = policy(ids).logits[0, len(sample.prompt_ids) - 1 : -1].double()
     return torch.log_softmax(logits, -1)
 
 
@@ -205,10 +205,10 @@ def test_chunked_logprobs_equal_whole(chunk, entropy_grad, with_bias):
     leaves = [hidden, weight] + ([bias] if with_bias else [])
 
     def plain():
-        logp = torch.log_softmax(torch.nn.functional.linear(hidden, weight, bias) / 0.7, -1)
+        logp = torch.log_softmax(torch.nn.functional.linear(hidden, weight, bias), -1)
         return logp.gather(-1, targets[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
-    chunked = token_logprobs(hidden, weight, targets, bias, 0.7, chunk, entropy_grad)
+    chunked = token_logprobs(hidden, weight, targets, bias, chunk, entropy_grad)
     assert chunked[1].requires_grad == entropy_grad
     grads = []
     for logprob, entropy in (chunked, plain()):
@@ -230,7 +230,7 @@ def test_chunked_logprobs_of_a_model_equal_full_logits(kind, tied):
     wanted = {n: p.grad.double().clone() for n, p in policy.named_parameters()}
     policy.zero_grad()
     batch = collate([sample], [0], False, policy.device)
-    logprob, entropy = response_logprobs(policy, batch, 1.0, chunk=3)
+    logprob, entropy = response_logprobs(policy, batch, chunk=3)
     logprob.sum().backward()
     torch.testing.assert_close(logprob.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy.double(), -(logp.exp() * logp).sum(-1), rtol=1e-5, atol=1e-5)
@@ -332,7 +332,7 @@ def test_update_gradient_equals_the_loss_written_out_row_by_row(loss_mean, coef,
     tokens, loss = sum(len(s.response_ids) for s in samples), 0.0
     entropies = []
     for s in samples:
-        logp = naive_logprobs(policy, s, 0.8)
+        logp = naive_logprobs(policy, s)
         chosen = logp.gather(-1, torch.tensor(s.response_ids)[:, None]).squeeze(-1)
         entropy = -(logp.exp() * logp).sum(-1)
         gain = s.advantage * torch.exp(chosen - chosen.detach())
@@ -345,7 +345,7 @@ def test_update_gradient_equals_the_loss_written_out_row_by_row(loss_mean, coef,
     wanted = {n: p.grad.double().clone() for n, p in policy.named_parameters()}
     policy.zero_grad()
     got, result = gradients(
-        policy, samples, loss_mean=loss_mean, entropy_coef=coef, tis_cap=cap, temperature=0.8, token_budget=40, chunk=5
+        policy, samples, loss_mean=loss_mean, entropy_coef=coef, tis_cap=cap, token_budget=40, chunk=5
     )
     assert relative_distance(got, wanted) < 1e-5
     assert result.loss == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
@@ -394,7 +394,7 @@ def test_packed_equals_padded_equals_single_rows(kind):
     for packed in (True, False):
         batch = collate(samples, range(6), packed, policy.device)
         policy.config._attn_implementation = "segments" if packed else attention
-        logprob, _ = response_logprobs(policy, batch, 1.0, chunk=8)
+        logprob, _ = response_logprobs(policy, batch, chunk=8)
         torch.testing.assert_close(logprob.double(), torch.cat(single), rtol=1e-5, atol=1e-5)
     policy.config._attn_implementation = attention
     one, _ = gradients(policy, samples, packed=True)

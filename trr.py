@@ -160,7 +160,7 @@ class Sample:
     prompt_ids: list[int]
     response_ids: list[int]  # with the end-of-sequence id if the model wrote one
     advantage: float  # same for every token of the response
-    engine_logprobs: list[float] | None = None  # one per response token, at the sampling temperature
+    engine_logprobs: list[float] | None = None  # one per response token, at temperature 1
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -273,15 +273,13 @@ def _training(policy: PreTrainedModel, packed: bool) -> Iterator[None]:
 
 
 def response_logprobs(
-    policy: PreTrainedModel, batch: MicroBatch, temperature: float, chunk: int, entropy_grad: bool = False
+    policy: PreTrainedModel, batch: MicroBatch, chunk: int, entropy_grad: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy (n,) of the response tokens of a micro-batch; prompts never reach the head."""
     output = policy.base_model(input_ids=batch.input_ids, use_cache=False, **batch.forward_args)
     hidden = output.last_hidden_state.flatten(0, 1).index_select(0, batch.select)  # (n, H)
     head = policy.get_output_embeddings()
-    return token_logprobs(
-        hidden, head.weight, batch.targets, getattr(head, "bias", None), temperature, chunk, entropy_grad
-    )
+    return token_logprobs(hidden, head.weight, batch.targets, getattr(head, "bias", None), chunk, entropy_grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -321,7 +319,6 @@ def update(
     entropy_coef: float = 0.0,
     tis_cap: float | None = None,
     loss_mean: str = "token",
-    temperature: float = 1.0,
     grad_clip: float = 1.0,
     minibatches: int = 1,
     packed: bool | None = None,
@@ -335,7 +332,7 @@ def update(
     letter of eq. 9) makes each token of a long wrong answer cheap, which rewards rambling. Either way the normaliser is
     taken over the whole batch before it is cut, so the gradient does not depend on the micro-batches.
     Rows with zero advantage are counted there but not computed (unless the entropy bonus needs them).
-    `temperature` is the sampling temperature. `tis_cap` turns the truncated importance weight on. `packed=None` packs
+    Rollouts were sampled at temperature 1. `tis_cap` turns the truncated importance weight on. `packed=None` packs
     where `can_pack`. `minibatches` = n > 1 takes n optimizer steps, each on every n-th row, with old log-probabilities
     from a pass before the first; with one step the ratio is 1 by construction and that pass is saved.
     `progress` receives prompt + response tokens done. A step whose gradient is not finite is dropped.
@@ -371,10 +368,10 @@ def update(
         if minibatches > 1:
             with torch.no_grad():
                 for batch in (b for part in parts for b in part):
-                    batch.old_logprob, _ = response_logprobs(policy, batch, temperature, chunk)
+                    batch.old_logprob, _ = response_logprobs(policy, batch, chunk)
         for part in parts:
             for batch in part:  # nothing in this loop waits for the card
-                logprob, entropy = response_logprobs(policy, batch, temperature, chunk, entropy_coef != 0)
+                logprob, entropy = response_logprobs(policy, batch, chunk, entropy_coef != 0)
                 old = logprob.detach() if batch.old_logprob is None else batch.old_logprob
                 tokens = (logprob, entropy, old, batch.engine, advantage[batch.row], weight[batch.row])
                 loss, report = objective(*tokens, **options)
