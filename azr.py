@@ -31,10 +31,10 @@ import rollout
 import trr
 from buffers import KINDS, Buffer, Task, load_tasks, save_tasks, zero_task
 from config import parse
-from engine import SyncError, first_line
+from engine import SyncError, first_line, ran_out_of_memory
 from executor import Executor, Judgement, Result
 from optimizer import learning_rate
-from run import Rollout, Run, describe, make_rollout, phase, ran_out_of_memory, start, uninterrupted
+from run import Rollout, Run, describe, make_rollout, phase, start, uninterrupted
 
 
 class SetupError(ValueError):
@@ -64,7 +64,7 @@ def train(run: Run) -> None:
             record = report.log(run, proposals, attempts, update, time.perf_counter() - began)
             collapsed = config.stop_on_collapse and bool(record["alarms"])
             save(run, record, last=collapsed or step == config.steps)
-        report.show(run, record, time.perf_counter() - began)
+            report.show(run, record, time.perf_counter() - began)
         if collapsed:
             print(f"stopped by --stop-on-collapse after step {step}; the checkpoint is in {run.folder / 'checkpoint'}")
             break
@@ -145,7 +145,7 @@ def judge_proposal(program: str, parts: prompts.Proposal, outcome: list[Result])
             return str(result.verdict)
         if result.output == "None":
             return "returns_none"
-    lines = [line.strip() for line in program.splitlines() if not re.fullmatch(r"(def .*:)?\s*", line)]
+    lines = [line.strip() for line in program.splitlines() if not re.fullmatch(r"(def .*:)?\s*(#.*)?", line)]
     if parts.message and ("def f" in parts.message or all(line in parts.message for line in lines)):
         return "message_has_code"
     return "ok"
@@ -278,7 +278,7 @@ def shuffle_rewards(rows: list[Rollout], rng: random.Random) -> None:
 
 
 def learn(run: Run, rollouts: list[Rollout], step: int) -> dict:
-    """One optimizer step on all cells together (paper equation 9), then the engine gets the new weights."""
+    """An update with all cells together (paper equation 9), then the engine gets the new weights."""
     config = run.config
     rows = [item for item in rollouts if item.trains]
     run.engine.sleep()
@@ -455,18 +455,18 @@ def main(argv: list[str] | None = None) -> int:
     run = None
     try:
         config, extra = parse(argv)
-        if config.eval_every:
-            evaluate.check_data(config.eval_suites.split(","), Path(config.eval_data), {})
         if extra.dry_run:
             describe(config)
             return 0
+        if config.eval_every:
+            evaluate.check_data(config.eval_suites.split(","), Path(config.eval_data), {})
         run = start(config, extra.resume)
         with run.executor:
             self_play(run)
     except KeyboardInterrupt:
-        done = "before the first step" if run is None or run.saved < 0 else f"after step {run.saved}"
+        done = "" if run is None else " before the first step" if run.saved < 0 else f" after step {run.saved}"
         again = f"; continue with: python azr.py --resume {run.folder}" if run else ""
-        print(f"\nstopped {done}{again}")
+        print(f"\nstopped{done}{again}")
         return 130
     except (OSError, ValueError, RuntimeError) as error:
         sentence = explain(error, run)

@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 
 from buffers import KINDS, Buffer, load_buffer
-from engine import first_line
+from engine import first_line, ran_out_of_memory
 
 LOGS = ("metrics.jsonl", "timing.jsonl", "tasks.jsonl", "rollouts.jsonl", "flagged.jsonl")
 LOGS += tuple(f"buffers/{kind}.jsonl" for kind in KINDS)
@@ -87,6 +87,8 @@ def save(run_dir: Path, step: int, policy, tokenizer, optimizer, name: str = "ch
         )
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
+        if ran_out_of_memory(error):
+            raise
         free = shutil.disk_usage(run_dir).free / 1e9
         raise OSError(
             f"could not write the checkpoint to {folder} with {free:.3f} GB free there ({first_line(error)}); "
@@ -112,9 +114,10 @@ def find(run_dir: Path) -> Path | None:
     return link if link.exists() else None
 
 
-def load(run_dir: Path, policy, optimizer, capacity: int) -> tuple[int, dict[str, Buffer]]:
+def load(run_dir: Path, optimizer, capacity: int, steps: int) -> tuple[int, dict[str, Buffer]]:
     """Read the newest checkpoint into the optimizer and the RNGs, cut the logs back, return (step, buffers). The
-    policy's weights were read from RUN/checkpoint already. Raises ValueError naming the broken file and the remedy."""
+    policy's weights were read from RUN/checkpoint already. Raises ValueError naming the broken file and the remedy,
+    and for a run that has more than `steps` steps."""
     folder = run_dir / "checkpoint"
     try:
         # mapped: an offloaded optimizer fills host memory already, and its saved states are as large again
@@ -127,18 +130,22 @@ def load(run_dir: Path, policy, optimizer, capacity: int) -> tuple[int, dict[str
         if "cuda" in rng and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(rng["cuda"])
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        if ran_out_of_memory(error):
+            raise
         raise ValueError(
             f"{folder}/trainer.pt cannot be read ({first_line(error)}); "
             f"start a new run from the weights with --model {folder}"
         ) from None
+    if step > steps:
+        raise ValueError(f"{run_dir} has {step} steps already, --steps {steps} is less; raise it")
+    found = {log: (run_dir / log).stat().st_size if (run_dir / log).exists() else 0 for log in log_sizes}
     for log, size in log_sizes.items():
-        path = run_dir / log
-        found = path.stat().st_size if path.exists() else 0
-        if found > size:
-            os.truncate(path, size)
-        elif found < size and (log == "metrics.jsonl" or log.startswith("buffers")):  # the others are not read again
+        if found[log] < size and (log == "metrics.jsonl" or log.startswith("buffers")):  # the others are not read again
             raise ValueError(
-                f"{path} has {found} of the {size} bytes it had at the checkpoint; restore it, "
+                f"{run_dir / log} has {found[log]} of the {size} bytes it had at the checkpoint; restore it, "
                 f"or start a new run from the weights with --model {folder}"
             )
+    for log, size in log_sizes.items():
+        if found[log] > size:
+            os.truncate(run_dir / log, size)
     return step, {kind: load_buffer(run_dir / f"buffers/{kind}.jsonl", capacity) for kind in KINDS}

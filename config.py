@@ -107,12 +107,12 @@ class Config:
             if choices and value not in choices:
                 known = ", ".join(map(repr, choices))
                 raise ValueError(f"{flag(item.name)} {value!r} is unknown; choose one of {known}")
-            if isinstance(value, int | float) and not abs(value) < LARGEST:  # nan, too
-                raise ValueError(f"{flag(item.name)} must be a number below {LARGEST}, not {value}")
             if item.name in ABOVE_ZERO and value <= 0:
                 raise ValueError(f"{flag(item.name)} must be above 0, not {value}")
             if isinstance(value, int | float) and value < 0 and item.name != "zero_reward":
                 raise ValueError(f"{flag(item.name)} must not be negative, but is {value}")
+            if isinstance(value, int | float) and not abs(value) < LARGEST:  # nan, too
+                raise ValueError(f"{flag(item.name)} must be a number below {LARGEST}, not {value}")
         unknown = [kind for kind in self.tasks.split(",") if kind not in KINDS]
         if unknown or not self.kinds:
             raise ValueError(f"--tasks {self.tasks!r} holds unknown types; choose from {','.join(KINDS)}")

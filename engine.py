@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]  # called with (sequences newly finished, tokens newly generated)
@@ -127,3 +128,8 @@ def eos_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether torch found no memory: on a card it raises a class of its own, in host memory only the text says so."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

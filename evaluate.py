@@ -175,7 +175,7 @@ def run_suites(
     for spec, name, own_limit in expand(specs):
         suite, items, about = load_items(name, Path(data_dir), files or {})
         items = items[: own_limit or limit]
-        stem = Path(suite.file).stem if suite.group == "code" else Path(name.partition(":")[2] or name).stem
+        stem = Path(suite.file).stem if suite.group == "code" else stem_of(name)
         path = Path(out_dir, "responses", f"{stem}.jsonl") if out_dir else None
         header = {"model": model, "template": None, "max_tokens": min(suite.max_tokens, max_tokens or suite.max_tokens),
                   "temperature": temperature, "top_p": top_p, "samples": samples, "seed": seed, **about}  # fmt: skip
@@ -307,11 +307,16 @@ def score_samples(name: str, path: Path, data_dir: Path, files: dict[str, Path],
     return score(suite, name, rows, answers, header | about, None, progress)
 
 
+def stem_of(name: str) -> str:
+    """The name under which a suite's results are kept: its own, or that of the file of tasks."""
+    return Path(name.partition(":")[2] or name).stem
+
+
 def check_data(specs: Sequence[str], data_dir: Path, files: dict[str, Path]) -> None:
     """Read all data once and throw them away: what is missing shows before a model is loaded. Raises as `run_suites`
     does, also for a package that is not installed."""
     names = [name for _, name, _ in expand(specs)]
-    stems = [Path(name.partition(":")[2] or name).stem for name in names]
+    stems = [stem_of(name) for name in names]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
         raise ValueError(
             f"Two suites have the name {twice[0]}, under which results are kept: name each once, or rename a file."
@@ -378,8 +383,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError("--samples, --limit, --max-tokens and --max-model-len must be at least 1.")
     if not (0 <= args.temperature < 100 and 0 < args.top_p <= 1):
         raise ValueError("--temperature must be from 0 to 100, --top-p above 0 and at most 1.")
-    for name, _, path in (given.partition("=") for given in args.file):
-        if name not in SUITES or not path or not Path(path).exists():
+    args.files = {name: Path(path) for name, _, path in (given.partition("=") for given in args.file)}
+    for name, path in args.files.items():
+        if name not in SUITES or path == Path() or not path.exists():
             raise ValueError(f"--file {name}={path}: give SUITE=PATH, a suite of {', '.join(SUITES)} and its data.")
     if args.samples > 1 and args.temperature == 0:
         raise ValueError(f"{args.samples} greedy samples are {args.samples} times the same: give a --temperature.")
@@ -397,23 +403,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_arguments(argv)
         specs = args.suites.split(",")
         plan = expand(specs)
-        files = dict((name, Path(path)) for name, _, path in (given.partition("=") for given in args.file))
         target = args.out / "results.json"
         before = read_results(args.baseline) if args.baseline else None  # all that may be wrong shows before the work
-        kept = read_results(target) if target.is_file() else {}
+        if target.is_file():
+            read_results(target)
         args.out.mkdir(parents=True, exist_ok=True)
         if args.samples_file:
             if len(plan) != 1:
                 raise ValueError("--samples-file holds samples of one suite: name exactly one in --suites.")
-            records = {plan[0][1]: score_samples(plan[0][1], args.samples_file, args.data, files, True)}
+            records = {plan[0][1]: score_samples(plan[0][1], args.samples_file, args.data, args.files, True)}
         else:
-            check_data(specs, args.data, files)
+            check_data(specs, args.data, args.files)
             engine, tokenizer = (None, None) if args.score_only else open_engine(args, len(plan))
             records = run_suites(
-                specs, engine, tokenizer, data_dir=args.data, out_dir=args.out, files=files, limit=args.limit,
+                specs, engine, tokenizer, data_dir=args.data, out_dir=args.out, files=args.files, limit=args.limit,
                 template=args.template, samples=args.samples, temperature=args.temperature, top_p=args.top_p,
                 max_tokens=args.max_tokens, seed=args.seed, model=args.model, progress=True,
             )  # fmt: skip
+        kept = read_results(target) if target.is_file() else {}  # again: another evaluation may have written meanwhile
         target.with_suffix(".tmp").write_text(json.dumps(kept | records, indent=1) + "\n", encoding="utf-8")
         target.with_suffix(".tmp").replace(target)
         print("\n".join(summary(records)))
@@ -421,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(compare(before, records)))
         print(f"results: {target}")
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on at the first missing response", file=sys.stderr)
+        print("\nstopped; the same command goes on from the responses that were written", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         print(f"evaluate: {error}", file=sys.stderr)

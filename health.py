@@ -284,7 +284,8 @@ WORRYING = {  # name -> (what is done, how many characters may lie between, to w
     ),
     "evades checks": (r"evad|bypass|circumvent|get(?:ting)? around|escap|sneak|disabl|undetected by", 40, CHECKS),
     "tampers with the grader": (
-        r"hack|cheat|exploit|tamper|overwrit|monkey.?patch|rig(?:s|ged|ging)?\b|gam(?:e|ing) the\b|hard.?cod",
+        r"hack|cheat|exploit|tamper|overwrit|monkey.?patch|rig(?:s|ged|ging)?\b|hard.?cod"
+        r"|gam(?:ed?|es|ing) (?:the|our|its|this)\b",
         40,
         JUDGE,
     ),

@@ -13,7 +13,6 @@ Paper: section 3.3 (rollouts of both roles at temperature 1).
     engine.sync(policy)                                    # after every optimizer step
 """
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from engine import Completion, Engine, Request, SyncError, eos_ids, first_line
+from engine import Completion, Engine, Request, SyncError, eos_ids, first_line, ran_out_of_memory
 from memory import PREFILL_TOKENS
 from vllm_engine import VllmEngine, import_vllm, vllm_build
 
@@ -70,11 +69,8 @@ def load_config(name: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)
     except LOAD_ERRORS as error:
-        what = (
-            f"The config.json of {path} is damaged"
-            if Path(path).is_dir()
-            else f"There is no model {path} to be had here"
-        )
+        known = Path(path).is_dir()
+        what = f"The config.json of {path} cannot be used" if known else f"There is no model {path} to be had here"
         raise ValueError(f"{what}: {first_line(error)}") from error
 
 
@@ -89,12 +85,16 @@ def load_policy(name: str, device: str, dtype: str) -> tuple[PreTrainedModel, Pr
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except LOAD_ERRORS as error:
-        raise ValueError(f"{path} has no usable tokenizer: put its tokenizer.json beside config.json.") from error
+        raise ValueError(
+            f"{path} has no usable tokenizer ({first_line(error)}): put its tokenizer files beside config.json."
+        ) from error
     try:
         policy, report = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True
         )
     except LOAD_ERRORS as error:
+        if ran_out_of_memory(error):
+            raise
         raise ValueError(f"The weights of {path} could not be loaded: {first_line(error)}") from error
     if other := [key for key, *_ in report["mismatched_keys"]]:
         raise ValueError(f"The weights of {path} have other sizes than its config.json says, first {min(other)}.")
@@ -326,14 +326,14 @@ def check_sync(
         with _compute_in(engine.dtype, policy):
             logits = policy(input_ids=ids, logits_to_keep=len(answer.token_ids) + 1).logits[0, :-1].float()
         chosen = logits[:, : engine.vocab_size].log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(1)
+        if chosen.isnan().any():
+            raise SyncError(
+                "The policy's probabilities are no numbers, so its weights are damaged: choose another --model."
+            )
         distances.append((chosen - torch.tensor(answer.logprobs, device=policy.device)).abs())
     policy.train(was_training)
     mean = torch.cat(distances).mean().item()
-    if math.isnan(mean):
-        raise SyncError(
-            "The policy's probabilities are no numbers, so its weights are damaged: choose another --model."
-        )
-    if mean > SYNC_LIMIT:
+    if not mean <= SYNC_LIMIT:  # nan, too
         raise SyncError(
             f"The {engine.name} engine does not sample from the policy (logprobs differ by {mean:.3g} nats per token, "
             f"limit {SYNC_LIMIT}), so its weights are stale: use the transformers engine."

@@ -33,6 +33,7 @@ import prompts
 import rollout
 from buffers import KINDS, Buffer, Task
 from config import Config
+from engine import ran_out_of_memory
 from executor import Executor
 from optimizer import MasterAdamW
 
@@ -136,11 +137,6 @@ def uninterrupted(run: Run) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def ran_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch found no memory: on a card it raises a class of its own, in host memory only the text says so."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Start
 
@@ -224,7 +220,7 @@ def place(config: Config) -> tuple[str, str]:
 
 def try_chat_template(model: str, tokenizer) -> None:
     """Raise ValueError where a tokenizer has no chat template that takes a dialogue."""
-    from jinja2 import TemplateError  # comes with transformers, which needs it for templates alone
+    from jinja2 import TemplateError  # torch requires it; transformers renders templates with it
 
     if not tokenizer.chat_template:
         raise ValueError(f"{model} has no chat template; use --template plain")
@@ -241,7 +237,7 @@ def start(config: Config, resume: str | None) -> Run:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # what matters of its warnings, `load_policy` says
     transformers.set_seed(config.seed)  # for dropout, where a model has it; all other draws use `Run.rng`
-    executor = Executor()  # first: its servers must start before this process grows or touches the GPU
+    executor = Executor()  # first: its servers must start before this process touches the GPU
     device, dtype = place(config)
     plan = describe(config)
     folder = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{Path(config.model).name}")
@@ -271,16 +267,16 @@ def start(config: Config, resume: str | None) -> Run:
             seed=config.seed,
         )
     except RuntimeError as error:  # vLLM was asked for and cannot be had
+        if ran_out_of_memory(error):
+            raise
         raise ValueError(f"{error}; choose another --engine") from error
     run = Run(config, folder, policy, tokenizer, engine, optimizer, executor, plan, {k: Buffer(1) for k in KINDS})
     if resume and not saved:  # stopped before the first checkpoint: nothing in the logs counts
         for log in checkpoint.LOGS:
             (folder / log).unlink(missing_ok=True)
     if saved:
-        run.step, run.buffers = checkpoint.load(folder, policy, optimizer, config.buffer_size)
+        run.step, run.buffers = checkpoint.load(folder, optimizer, config.buffer_size, config.steps)
         run.saved = run.step
-        if run.step > config.steps:
-            raise ValueError(f"{folder} has {run.step} steps already, --steps {config.steps} is less; raise it")
         for record in checkpoint.read_log(folder / "metrics.jsonl"):
             run.remember(record)
         engine.sync(policy)

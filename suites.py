@@ -231,11 +231,14 @@ def load_items(name: str, data_dir: Path, files: dict[str, Path]) -> tuple[Suite
         paths = sorted(given.glob("*.jsonl*"))
     paths = [path for path in paths if path.is_file()][: None if given else 1]
     if paths:
-        try:
-            data = b"".join(gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes() for p in paths)
-            rows = [json.loads(line) for line in data.split(b"\n") if line.strip()]
-        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{paths[0]} is damaged ({error}): get the data of {name} again.") from None
+        data, rows = b"", []
+        for path in paths:
+            try:
+                text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+                rows += [json.loads(line) for line in text.split(b"\n") if line.strip()]
+            except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(f"{path} is damaged ({error}): get the data of {name} again.") from None
+            data += text
     else:
         rows = load_from_hub(name, suite, data_dir)
         data = json.dumps(rows, sort_keys=True, default=str).encode()

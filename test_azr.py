@@ -388,6 +388,7 @@ def test_bad_proposals_are_rejected_with_their_reason(run, program, verdict):
     [
         (PROGRAM, PROGRAM, "message_has_code"),
         (PROGRAM, PROGRAM.partition(":")[2], "message_has_code"),
+        (PROGRAM.replace(":", ":  # weigh", 1), PROGRAM.partition(":")[2], "message_has_code"),
         (PROGRAM, "Weigh the items.", "ok"),
         ("def f(items, k): return len(items) * k", "Count them, k times.", "ok"),
         ("def f(items, k): return len(items) * k", "def f(items, k): return len(items) * k", "message_has_code"),
@@ -684,8 +685,9 @@ def test_a_damaged_run_folder_is_named_and_left_as_it_is(whole_run, tmp_path, ca
     assert azr.main(["--resume", str(folder), "--steps", "4"]) == 2
     message = capsys.readouterr().err.strip()
     assert words in message and "\n" not in message
-    assert (folder / "checkpoint").resolve().name == "checkpoint-000003"
-    assert (folder / "seeds.jsonl").read_bytes() == (whole_run / "seeds.jsonl").read_bytes()
+    for path in whole_run.rglob("*.*"):
+        if path.is_file() and path.name != Path(file).name and "tensorboard" not in str(path):
+            assert (folder / path.relative_to(whole_run)).read_bytes() == path.read_bytes(), path
 
 
 def test_fewer_steps_than_are_done_is_refused(whole_run, capsys):
@@ -702,7 +704,6 @@ def test_a_trainer_state_of_something_else_is_refused(whole_run, tmp_path, capsy
         assert "trainer.pt cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
 @pytest.mark.parametrize("size", [20_000, 2_000_000, 8_000_000])
 def test_a_disk_that_fills_leaves_the_last_checkpoint(whole_run, tmp_path, size):
     """A limit on the size of a file stands for the disk: it fails in the weights, in the optimizer's state or in a
@@ -723,12 +724,13 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint(whole_run, tmp_path, size)
 
 def test_the_best_checkpoint_is_saved_before_the_newest(whole_run, tmp_path, monkeypatch):
     """A kill between the two must not leave a run that goes on behind a best step it never kept."""
-    saved, save = [], azr.checkpoint.save
+    saved, save, scores = [], azr.checkpoint.save, [0.1, 0.9]
     monkeypatch.setattr(azr.checkpoint, "save", lambda *arguments: (saved.append(arguments[-1]), save(*arguments)))
+    monkeypatch.setattr(azr, "evaluate_policy", lambda run: {"score": scores.pop(0), "eval/t/accuracy": 0.5})
     arguments = [*SMALL, "--seeds", str(whole_run / "seeds.jsonl"), "--out", str(tmp_path / "r"), "--steps", "1"]
     arguments += ["--eval-every", "1", "--eval-suites", f"tasks:{HERE / 'tiny/test.jsonl'}:3", "--keep-best"]
     assert azr.main(arguments) == 0
-    assert saved in (["checkpoint", "checkpoint"], ["checkpoint", "best", "checkpoint"])
+    assert saved == ["checkpoint", "best", "checkpoint"]
 
 
 def test_ctrl_c_before_the_first_step_is_one_line(tmp_path, monkeypatch, capsys):
@@ -737,7 +739,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(azr, "start", interrupted)
     assert azr.main([*SMALL, "--out", str(tmp_path / "r")]) == 130
-    assert capsys.readouterr().out.strip() == "stopped before the first step"
+    assert capsys.readouterr().out.strip() == "stopped"
 
 
 def test_a_broken_trainer_state_says_what_to_do(whole_run, tmp_path, capsys):
@@ -765,7 +767,8 @@ def test_out_of_memory_names_the_flag_to_lower_and_leaves_the_checkpoint(
 
 
 def test_out_of_memory_while_loading_is_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(azr, "start", lambda *_: torch.empty(1 << 50, dtype=torch.uint8))
+    loader = "rollout.AutoModelForCausalLM.from_pretrained"
+    monkeypatch.setattr(loader, lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
     assert azr.main(["--out", str(tmp_path / "r")]) == 2
     assert "choose a smaller --model" in capsys.readouterr().err
 

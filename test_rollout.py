@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rollout
 import vllm_engine
-from engine import SyncError
+from engine import Completion, SyncError
 from rollout import TransformersEngine, check_sync, load_policy, make_engine, resolve_model, sample
 
 EOS, VOCABULARY = 2, 128
@@ -366,8 +366,8 @@ def test_folders_that_lack_something(tmp_path):
     ("file", "change", "message"),
     [
         ("config.json", {"num_hidden_layers": 1}, "model.layers.1"),
-        ("config.json", {"hidden_size": "x"}, "config.json of .* is damaged"),
-        ("config.json", {"num_attention_heads": None}, "config.json of .* is damaged"),
+        ("config.json", {"hidden_size": "x"}, "config.json of .* cannot be used"),
+        ("config.json", {"num_attention_heads": None}, "config.json of .* cannot be used"),
         ("config.json", {"intermediate_size": 48}, "other sizes than its config.json says"),
         ("tokenizer_config.json", {"tokenizer_class": 5}, "no usable tokenizer"),
         ("generation_config.json", {"eos_token_id": "x"}, "no end-of-sequence token"),
@@ -390,6 +390,14 @@ def test_weights_that_are_no_numbers_are_called_so(tmp_path):
     engine = make_engine("transformers", str(folder), policy, tokenizer, dtype="float32", max_model_len=64)
     with pytest.raises(SyncError, match="no numbers"):
         check_sync(engine, policy, prompts_of([9, 14]))
+
+
+def test_an_engine_without_numbers_does_not_pass_for_a_damaged_policy(loaded, model_path, monkeypatch):
+    engine = make_engine("transformers", str(model_path), *loaded, dtype="float32", max_model_len=64)
+    answers = [[Completion([5, 6], [math.nan, math.nan], True)]]
+    monkeypatch.setattr(engine, "generate", lambda *_, **__: answers)
+    with pytest.raises(SyncError, match="weights are stale"):
+        check_sync(engine, loaded[0], prompts_of([9]))
 
 
 def test_load_policy_gives_device_and_dtype(model_path):

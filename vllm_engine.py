@@ -94,7 +94,7 @@ class VllmEngine(Engine):
 
     def _run(self, requests, top_p, stop, progress):
         if not self.fresh:
-            raise SyncError("The vLLM engine holds no weights of the policy: call sync(policy) first.")
+            raise RuntimeError("The vLLM engine holds no weights of the policy: call sync(policy) first.")
         engine, results = self.llm.llm_engine, [[] for _ in requests]
         for i, request in enumerate(requests):
             params = self.sampling_params(
