@@ -22,19 +22,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import checkpoint
 import evaluate
-import health
 import prompts
-import report
-import rollout
 import trr
 from buffers import KINDS, Buffer, Task, load_tasks, save_tasks, zero_task
-from config import parse
-from engine import SyncError, first_line, ran_out_of_memory
 from executor import Executor, Judgement, Result
-from optimizer import learning_rate
-from run import Rollout, Run, describe, make_rollout, phase, start, uninterrupted
+from harness import checkpoint, report
+from harness import metrics as health
+from harness.config import parse
+from harness.start import Rollout, Run, describe, make_rollout, phase, start, uninterrupted
+from policy import rollout
+from policy.engine import SyncError, first_line, ran_out_of_memory
+from policy.optimizer import learning_rate
 
 
 class SetupError(ValueError):

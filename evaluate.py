@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import scoring
-from comparison import compare, pass_at_k, standard_error, summary
 from prompts import split_response
-from suites import GROUPS, SUITES, Suite, evalplus_prompt, expand, load_items, math_prompt
+from suites import scoring
+from suites.compare import compare, pass_at_k, standard_error, summary
+from suites.table import GROUPS, SUITES, Suite, evalplus_prompt, expand, load_items, math_prompt
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation, resumable
@@ -337,7 +337,7 @@ def open_engine(args, items: int):
     """Model, tokenizer and engine of the command line; under vLLM the weights wait on the CPU until they are pushed."""
     import torch
 
-    import rollout
+    from policy import rollout
 
     args.engine = rollout.choose_engine(args.engine)
     on_gpu = torch.cuda.is_available()

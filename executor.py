@@ -15,9 +15,9 @@ a set of two strings slips through about half the time); later runs always use t
 consistent. On macOS, or where the kernel has no seccomp, only the filter, resource limits and process separation
 remain: use a container or a virtual machine there. Windows is refused.
 
-The files, in the order of a program's way: `executor.py` is the interface and the judge; `executor_batch.py` follows a
-batch from texts to results; `executor_lanes.py` talks to the fork servers; `executor_child.py` is a fork server and its
-children; `executor_layers.py` is the kernel's part; `executor_literals.py` turns values into text and back. Only the
+The files, in the order of a program's way: `executor.py` is the interface and the judge; `sandbox/batch.py` follows a
+batch from texts to results; `sandbox/lanes.py` talks to the fork servers; `sandbox/child.py` is a fork server and its
+children; `sandbox/layers.py` is the kernel's part; `sandbox/literals.py` turns values into text and back. Only the
 standard library is used.
 
 Rules worth knowing. Values are equal when Python's == says so (True == 1 == 1.0, -0.0 == 0.0, order of sets and dicts
@@ -46,10 +46,10 @@ from pathlib import Path
 if sys.platform == "win32":
     raise ImportError("the executor cannot contain programs on Windows: use Linux, macOS or WSL")
 
-from executor_batch import Batch, Result, Verdict
-from executor_child import words
-from executor_lanes import Lane, close_lanes
-from executor_literals import BadLiteral, canonical, parse_arguments, parse_literal, same_value
+from sandbox.batch import Batch, Result, Verdict
+from sandbox.child import words
+from sandbox.lanes import Lane, close_lanes
+from sandbox.literals import BadLiteral, canonical, parse_arguments, parse_literal, same_value
 
 __all__ = ["Executor", "Judgement", "Result", "Verdict", "BadLiteral", "canonical", "parse_arguments", "parse_literal"]
 __all__ += ["same_value", "ALLOWED_MODULES"]

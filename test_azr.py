@@ -25,9 +25,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import azr
 import prompts
 from buffers import KINDS, Buffer, Task, load_buffer, load_tasks, normalise, save_tasks, zero_task
-from config import TINY_MODEL, Config, parse, presets_table
 from executor import ALLOWED_MODULES, Executor
-from run import Rollout
+from harness.config import TINY_MODEL, Config, parse, presets_table
+from harness.start import Rollout
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = "def f(items, k):\n    total = 0\n    for x in items:\n        total = total * k + x\n    return total"
@@ -335,7 +335,7 @@ GOLD = {
 @pytest.fixture(scope="module")
 def run(executor, tmp_path_factory):
     """A run on the embedded model that was started but not trained."""
-    from run import start
+    from harness.start import start
 
     config, _ = parse(["--batch", "4", "--out", str(tmp_path_factory.mktemp("run") / "r"), "--eval-every", "0"])
     started = start(config, None)
@@ -560,7 +560,7 @@ def test_ablations_and_switches_run(whole_run, tmp_path, extra):
 
 def test_a_collapse_stops_the_run_with_its_step_saved_and_a_table(whole_run, tmp_path, monkeypatch, capsys):
     """The alarm comes long before the next checkpoint is due, and before T = 1 is measured again."""
-    monkeypatch.setattr("health.Watch.read", lambda self, record: ["collapse"] if record["step"] == 1 else [])
+    monkeypatch.setattr("harness.metrics.Watch.read", lambda self, record: ["collapse"] if record["step"] == 1 else [])
     arguments = [*SMALL, "--seeds", str(whole_run / "seeds.jsonl"), "--out", str(tmp_path / "r"), "--steps", "9"]
     arguments += ["--eval-every", "1", "--eval-suites", f"tasks:{HERE / 'tiny/test.jsonl'}:3", "--save-every", "5"]
     assert azr.main([*arguments, "--stop-on-collapse"]) == 0
@@ -767,14 +767,14 @@ def test_out_of_memory_names_the_flag_to_lower_and_leaves_the_checkpoint(
 
 
 def test_out_of_memory_while_loading_is_one_sentence(tmp_path, capsys, monkeypatch):
-    loader = "rollout.AutoModelForCausalLM.from_pretrained"
+    loader = "policy.rollout.AutoModelForCausalLM.from_pretrained"
     monkeypatch.setattr(loader, lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
     assert azr.main(["--out", str(tmp_path / "r")]) == 2
     assert "choose a smaller --model" in capsys.readouterr().err
 
 
 def test_the_paper_spelling_of_a_model_is_understood():
-    import rollout
+    from policy import rollout
 
     assert rollout.resolve_model("Qwen/Qwen2.5-3B-Coder") == "Qwen/Qwen2.5-Coder-3B"
 

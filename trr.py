@@ -14,7 +14,7 @@ What it deliberately leaves out: a KL term and a reference model (the paper has 
 the last token and nothing is discounted), the optimizer (`optimizer.py`), several cards.
 
 Usage:
-    from optimizer import MasterAdamW
+    from policy.optimizer import MasterAdamW
 
     optimizer = MasterAdamW(policy)
     advantages = whiten(rewards, cells, lengths)
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from logprobs import token_logprobs
+from policy.logprobs import token_logprobs
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rewards

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rollout import TransformersEngine
+from policy.rollout import TransformersEngine
 
 VOCABULARY, ENDS = 400, list(range(10))
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from buffers import KINDS, Task, load_tasks  # noqa: E402
-from plots import svg_plot  # noqa: E402
+from harness.plots import svg_plot  # noqa: E402
 
 CONDITIONS = {
     "self-play": [],
@@ -48,8 +48,8 @@ def measure(model: str, tasks_file: Path, out: Path) -> None:
     import torch
 
     import prompts
-    import rollout
     from executor import Executor
+    from policy import rollout
 
     torch.set_num_threads(1)
     tasks = load_tasks(tasks_file)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import scoring  # noqa: E402
-import scoring_code  # noqa: E402
-import suites  # noqa: E402
+from suites import judge_code as scoring_code  # noqa: E402
+from suites import scoring  # noqa: E402
+from suites import table as suites  # noqa: E402
 
 STORED = {
     "humaneval": "humaneval_qwen25coder05b",

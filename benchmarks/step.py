@@ -29,11 +29,11 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import memory
 from executor import Executor
-from optimizer import MasterAdamW
-from rollout import choose_engine, load_config, load_policy, make_engine
-from run import held_bytes
+from harness.start import held_bytes
+from policy import memory
+from policy.optimizer import MasterAdamW
+from policy.rollout import choose_engine, load_config, load_policy, make_engine
 from trr import Sample, update
 
 QWEN = dict(vocab_size=151936, num_key_value_heads=2, max_position_embeddings=32768, rope_theta=1e6)

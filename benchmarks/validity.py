@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import azr
-from config import parse
-from run import start
+from harness.config import parse
+from harness.start import start
 
 
 def main() -> None:

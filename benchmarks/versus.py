@@ -32,9 +32,9 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from logprobs import token_logprobs
-from optimizer import MasterAdamW
-from run import held_bytes
+from harness.start import held_bytes
+from policy.logprobs import token_logprobs
+from policy.optimizer import MasterAdamW
 from trr import Sample, update
 
 LR, GRAD_CLIP = 1e-6, 1.0

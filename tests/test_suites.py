@@ -20,16 +20,16 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-import comparison
 import evaluate
-import rollout
-import scoring
-import scoring_code
-import suites
 from buffers import Task, save_tasks
-from test_rollout import build_model
+from policy import rollout
+from suites import compare as comparison
+from suites import judge_code as scoring_code
+from suites import scoring
+from suites import table as suites
+from tests.test_policy import build_model
 
-BENCH = Path(os.environ.get("AZR_BENCH", Path(__file__).parent / "../shared/bench"))
+BENCH = Path(os.environ.get("AZR_BENCH", Path(__file__).parent.parent / "../shared/bench"))
 needs_bench = pytest.mark.skipif(not BENCH.is_dir(), reason=f"no benchmark data at {BENCH}: set AZR_BENCH")
 
 

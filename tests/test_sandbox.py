@@ -31,7 +31,7 @@ from executor import (
     same_value,
 )
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("AZR_SHARED", HERE.parent / "shared"))
 MARKER = Path(tempfile.gettempdir()) / "azr_executor_was_here"
 MODES = {"gate": {}, "no_gate": {"gate": False}, "full_builtins": {"gate": False, "full_builtins": True}}
@@ -261,7 +261,7 @@ ATTACKS = {
     "writes a file": (body(f"{TOUCH}.write('x')"), UNSAFE, "unsafe runtime_error"),
     "dates have a clock": (body("str(datetime.datetime.now())", "import datetime"), UNSAFE, ANY),
     "random": (body("random.random()", "import random"), UNSAFE, "unsafe runtime_error"),
-    "relative import": (body("1", "from . import executor_child"), UNSAFE, "unsafe runtime_error"),
+    "relative import": (body("1", "from . import child"), UNSAFE, "unsafe runtime_error"),
     "private name of a module": (body("1", "from collections import _sys"), UNSAFE, "unsafe runtime_error"),
     "module inside a module": (body(f"re.enum.sys.modules['os'].system('touch {MARKER}')", "import re"), "unsafe runtime_error", "unsafe runtime_error"),
     "module imported from a module": (body("sys", "from statistics import sys"), "unsafe runtime_error", "unsafe runtime_error"),
@@ -321,7 +321,7 @@ ATTACKS = {
     "dribbles into its pipe": (program("import os", "def f(x):", "    while 1: os.write(x, b'\\n')"), UNSAFE, "unsafe runtime_error"),
     "looks for its judge": (body("[o for o in gc.get_objects() if type(o) is dict and 'gold' in o][0]['gold']", "import gc"), UNSAFE, "unsafe runtime_error"),
     "patches its harness": (
-        program("import sys", "import executor_child", "executor_child.serialise = lambda *a: '7'", "executor_child.explain = lambda *a: 'ok\\t7'", "def f(x):", "    return object()"),
+        program("import sys", "import sandbox.child", "sandbox.child.serialise = lambda *a: '7'", "sandbox.child.explain = lambda *a: 'ok\\t7'", "def f(x):", "    return object()"),
         UNSAFE, "unsafe runtime_error",
     ),
     "patches os._exit": (program("import os", "os._exit = print", "def f(x):", "    return 8"), UNSAFE, "unsafe runtime_error"),
@@ -790,8 +790,8 @@ def test_as_an_ordinary_user():
     folder = Path(tempfile.mkdtemp(prefix="azr_user_"))
     try:
         folder.chmod(0o755)
-        for file in HERE.glob("executor*.py"):
-            shutil.copy(file, folder)
+        shutil.copy(HERE / "executor.py", folder)
+        shutil.copytree(HERE / "sandbox", folder / "sandbox")
         jobs = [
             (row[0], [row[1] if table != "attacks" else "3"]) for table, rows in tables.items() for row in rows.values()
         ]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from logprobs import token_logprobs
-from optimizer import MasterAdamW, learning_rate
+from policy.logprobs import token_logprobs
+from policy.optimizer import MasterAdamW, learning_rate
 from trr import (
     Sample,
     can_pack,

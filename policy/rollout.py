@@ -31,9 +31,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from engine import Completion, Engine, Request, SyncError, eos_ids, first_line, ran_out_of_memory
-from memory import PREFILL_TOKENS
-from vllm_engine import VllmEngine, import_vllm, vllm_build
+from policy.engine import Completion, Engine, Request, SyncError, eos_ids, first_line, ran_out_of_memory
+from policy.memory import PREFILL_TOKENS
+from policy.vllm_engine import VllmEngine, import_vllm, vllm_build
 
 # Names under which the paper and its readers speak of the models, and the names under which the hub serves them.
 MODEL_ALIASES = {

@@ -1,11 +1,11 @@
-"""The trusted end of a lane: starts one fork server (`executor_child.py`) by exec and moves bytes to and from it.
+"""The trusted end of a lane: starts one fork server (`child.py`) by exec and moves bytes to and from it.
 
 A server is started with a fixed hash seed in an otherwise empty environment, with no descriptor but its socket, in a
 session of its own, before the trainer grows or touches a GPU, and is never forked from the trainer. It ends when its
 socket does, so nothing survives the trainer, however that ends. Nothing a server sends is trusted beyond its form.
 
-What it deliberately leaves out: what the bytes mean (`executor_batch.py`) and what happens to a program
-(`executor_child.py`).
+What it deliberately leaves out: what the bytes mean (`batch.py`) and what happens to a program
+(`child.py`).
 Paper: arXiv 2505.03335 has no counterpart.
 """
 
@@ -20,10 +20,10 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
-from executor_child import FRAME
+from sandbox.child import FRAME
 
 # The repository goes to the end of the path: none of its files may shadow a standard module.
-BOOT = "import sys; sys.path.append(sys.argv.pop(1)); import executor_child; executor_child.main()"
+BOOT = "import sys; sys.path.append(sys.argv.pop(1)); import sandbox.child; sandbox.child.main()"
 
 
 class Lane:
@@ -35,7 +35,7 @@ class Lane:
 
     def start(self) -> None:
         self.socket, theirs = socket.socketpair()
-        here = str(Path(__file__).resolve().parent)
+        here = str(Path(__file__).resolve().parent.parent)
         command = [sys.executable, "-sSPB", "-Xutf8", "-Wignore", "-c", BOOT, here]
         environment = {"PYTHONHASHSEED": str(self.seed)}  # empty otherwise; -I and -E would ignore the seed
         if "LD_LIBRARY_PATH" in os.environ:  # some interpreters find their own library by it

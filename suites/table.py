@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import scoring
-import scoring_code
 from buffers import Task, load_tasks
 from prompts import parse_answer, solve_prompt, split_response, wrap
+from suites import judge_code as scoring_code
+from suites import scoring
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a line of a data file to an item

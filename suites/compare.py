@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from suites import TABLE1
+from suites.table import TABLE1
 
 
 def standard_error(scores: Sequence[float]) -> float:

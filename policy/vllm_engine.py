@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from engine import Completion, Engine, SyncError, first_line
-from memory import PREFILL_TOKENS
+from policy.engine import Completion, Engine, SyncError, first_line
+from policy.memory import PREFILL_TOKENS
 
 # First and last vLLM release whose weight reload this module knows; outside of it the engine refuses to start.
 VLLM_VERSIONS = ("0.26", "0.33")

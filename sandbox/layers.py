@@ -1,6 +1,6 @@
 """The executor's kernel layers: what Linux enforces on a program, whatever the program manages to do.
 
-`executor_child.py` builds one `Layers`, calls `confine` in the fork server (what can be set once is set once and is
+`child.py` builds one `Layers`, calls `confine` in the fork server (what can be set once is set once and is
 inherited: no cost per job) and `enter_child` in every child. Nothing here needs root, a library or a privilege: each
 layer is tried and `Layers.active` says which ones hold. Ordered by what they are worth:
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from buffers import KINDS
 
-TINY_MODEL = Path(__file__).resolve().parent / "tiny" / "model"
+TINY_MODEL = Path(__file__).resolve().parent.parent / "tiny" / "model"
 
 
 def option(default, help: str, paper: str = "", choices: tuple = ()):

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-import health
 from buffers import Buffer, Task, zero_task
-from health import Watch, buffer_metrics, cell_metrics, flags, program_shape
-from plots import comparison_table, svg_plot, terminal_plot, ticks
+from harness import metrics as health
+from harness.metrics import Watch, buffer_metrics, cell_metrics, flags, program_shape
+from harness.plots import comparison_table, svg_plot, terminal_plot, ticks
 from prompts import Parts, split_response
 
 ADD = "def f(x):\n    return x + 1"

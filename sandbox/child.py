@@ -1,6 +1,6 @@
 """The executor's untrusting half: a fork server, and the child that runs one program and claims what it returned.
 
-`executor_lanes.py` starts this file as a small process of its own (a "lane") and sends it jobs: one program and the
+`lanes.py` starts this file as a small process of its own (a "lane") and sends it jobs: one program and the
 arguments of some calls. For each job the server compiles the program, filters it (`gate`), forks, and relays whatever
 the child wrote, unread. It never runs model code itself and never learns what the right answer would have been.
 
@@ -10,7 +10,7 @@ One program, from text to claim, in the order of this file:
     claims        run the program in a fresh namespace, call it, one line of text per call
     serve         the loop: receive, gate, fork, watch the child's CPU clock, kill, reply
 
-The kernel's part is in `executor_layers.py`, the text of values in `executor_literals.py`. What this file deliberately
+The kernel's part is in `layers.py`, the text of values in `literals.py`. What this file deliberately
 leaves out: equality, gold outputs and anything else that could decide a reward. Paper: arXiv 2505.03335, section 3.3.3.
 
 Usage: none by hand; see `executor.py`.
@@ -33,8 +33,8 @@ import types
 from contextlib import suppress
 from functools import lru_cache
 
-from executor_layers import Layers, cpu_clock
-from executor_literals import Refused, serialise
+from sandbox.layers import Layers, cpu_clock
+from sandbox.literals import Refused, serialise
 
 FRAME = struct.Struct("<I")  # length of the message that follows
 REPLY = struct.Struct("<Biff")  # why the child ended (below), its wait status, CPU seconds, wall seconds

@@ -5,7 +5,7 @@ program, up to 32 inputs), keeps every lane busy, turns the lines that come back
 that a death left without a line, the second hash seed of a validation, the units of a lane that died.
 
 What it deliberately leaves out: gold outputs and rewards (`executor.py`), anything that touches a program itself
-(`executor_child.py`). Paper: arXiv 2505.03335, section 3.3.3. Usage: through `executor.Executor`.
+(`child.py`). Paper: arXiv 2505.03335, section 3.3.3. Usage: through `executor.Executor`.
 """
 
 import marshal
@@ -19,9 +19,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from executor_child import CPU, FLOOD, GATE, REPLY, WALL
-from executor_lanes import Lane
-from executor_literals import (
+from sandbox.child import CPU, FLOOD, GATE, REPLY, WALL
+from sandbox.lanes import Lane
+from sandbox.literals import (
     MAX_LITERAL_DEPTH,
     BadLiteral,
     Refused,

@@ -26,16 +26,15 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import checkpoint
-import health
-import memory
 import prompts
-import rollout
 from buffers import KINDS, Buffer, Task
-from config import Config
-from engine import ran_out_of_memory
 from executor import Executor
-from optimizer import MasterAdamW
+from harness import checkpoint
+from harness import metrics as health
+from harness.config import Config
+from policy import memory, rollout
+from policy.engine import ran_out_of_memory
+from policy.optimizer import MasterAdamW
 
 
 @dataclass

@@ -12,12 +12,11 @@ What it leaves out: deciding anything. The names of the metrics are explained in
 
 from dataclasses import asdict
 
-import checkpoint
-import health
-import plots
 from buffers import KINDS
-from memory import GB
-from run import Rollout, Run
+from harness import checkpoint, plots
+from harness import metrics as health
+from harness.start import Rollout, Run
+from policy.memory import GB
 
 
 def log(run: Run, proposals: list[Rollout], attempts: list[Rollout], update: dict, seconds: float) -> dict:

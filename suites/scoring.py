@@ -25,6 +25,7 @@ from contextlib import nullcontext
 from executor import Executor
 
 Progress = Callable[[int], None] | None
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Extraction
@@ -224,11 +225,13 @@ def _judge_part(pairs: Sequence[tuple[str, str]], progress: Progress) -> list[bo
     """One child at a time answers pair after pair; when it dies or is silent too long, a new one takes the rest."""
     verdicts: list[bool] = []
     while len(verdicts) < len(pairs):
-        command = [sys.executable, os.path.abspath(__file__)]
+        command = [sys.executable, "-m", "suites.scoring"]
         pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as child:
+        with subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+        ) as child:
             if child.stdout.readline() != "ready\n":
-                raise RuntimeError("The math child did not start: try `python scoring.py` and read its error.")
+                raise RuntimeError("The math child did not start: try `python -m suites.scoring` and read its error.")
             for pair in pairs[len(verdicts) :]:
                 child.stdin.write(json.dumps(pair) + "\n")
                 child.stdin.flush()
