@@ -1,4 +1,4 @@
-"""Tasks and the three buffers that self-play fills (one per task type).
+"""Tasks and the buffers that self-play fills (one per task type).
 
 What it does: holds validated tasks in a ring that drops the oldest, refuses duplicates (programs that are the same up
 to names, layout and comments), draws references uniformly, reads and writes JSONL.
@@ -7,7 +7,7 @@ that needs a model or runs a program.
 Paper: section 3.3.1 (buffer initialisation) and 3.3.2 (inputs from the buffers). The official code keeps the *oldest*
 entries once a buffer is full, which freezes what the solver trains on; here the newest stay.
 
-    buffer = Buffer(capacity=16384); buffer.add(zero_task("deduction")); buffer.sample(6, random.Random(0))
+    buffer = Buffer(capacity=16384); buffer.add(KINDS["deduction"].zero()); buffer.sample(6, random.Random(0))
 """
 
 import ast
@@ -16,12 +16,12 @@ import json
 import random
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 
-KINDS = ("abduction", "deduction", "induction")
 warnings.filterwarnings("ignore", category=SyntaxWarning, module="<unknown>")  # the parser on what a model wrote
 
 
@@ -55,16 +55,6 @@ class Task:
         return self.outputs[self.visible :]
 
 
-def zero_task(kind: str) -> Task:
-    """The zero triplet, the only task that is given (paper Figure 5): the identity program. As an induction task it
-    gets six pairs of mixed types and a message, as in the official code."""
-    program = "def f(x):\n    return x"
-    if kind != "induction":
-        return Task(kind, program, ["'Hello world'"], ["'Hello world'"], id=f"zero-{kind}")
-    values = ["'Hello world'", "1", "[1, 2, 3]", "{'a': 1}", "(True, False)", "-2.5"]
-    return Task(kind, program, values, list(values), "f returns its argument unchanged.", 3, id="zero-induction")
-
-
 def has_docstring(node: ast.AST) -> bool:
     """Whether a module, class or function starts with a docstring that can go without leaving it empty."""
     if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) or len(node.body) < 2:
@@ -73,7 +63,8 @@ def has_docstring(node: ast.AST) -> bool:
     return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
 
 
-def normalise(program: str) -> str:
+@lru_cache(maxsize=4096)  # a program comes back as reference, as key and in the metrics
+def program_digest(program: str) -> str:
     """A digest that is equal for programs that differ only in layout, comments, docstrings and the names they bind.
 
     The tree is walked breadth first without recursion, so that a deeply nested program cannot exhaust the stack; one
@@ -114,10 +105,8 @@ def normalise(program: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def task_key(task: Task) -> str:
-    """What makes two tasks of a buffer the same: the normalised program; for induction also the inputs."""
-    key = normalise(task.program)
-    return key if task.kind != "induction" else f"{key}:{hash_texts(sorted(task.inputs))}"
+def program_key(task: Task) -> str:
+    return program_digest(task.program)
 
 
 def hash_texts(texts: list[str]) -> str:
@@ -125,10 +114,10 @@ def hash_texts(texts: list[str]) -> str:
 
 
 class Buffer:
-    """A ring of tasks: at most `capacity`, the oldest leaves first, no duplicates, uniform draws."""
+    """A ring of tasks: at most `capacity`, the oldest leaves first, no duplicates (equal `key`), uniform draws."""
 
-    def __init__(self, capacity: int = 16384):
-        self.capacity = capacity
+    def __init__(self, capacity: int = 16384, key: Callable[[Task], str] = program_key):
+        self.capacity, self.key = capacity, key
         self.tasks: OrderedDict[str, Task] = OrderedDict()
         self.listed: list[Task] | None = None  # the same as a list, while nothing was added since it was made
 
@@ -146,7 +135,7 @@ class Buffer:
 
     def add(self, task: Task) -> bool:
         """Append a task; False (and no change) if an equal one is already there."""
-        key = task_key(task)
+        key = self.key(task)
         if key in self.tasks:
             return False
         self.tasks[key], self.listed = task, None
@@ -164,28 +153,21 @@ class Buffer:
         return [task for task in late if task.step == step][::-1]
 
 
-def save_tasks(path: Path, tasks) -> None:
+def save_tasks(path: Path, tasks: Iterable[Task]) -> None:
     """Write tasks as JSONL, oldest first."""
     with path.open("w", encoding="utf-8") as file:
         for task in tasks:
             file.write(json.dumps(asdict(task)) + "\n")
 
 
-def load_buffer(path: Path, capacity: int) -> Buffer:
-    """The buffer whose file holds every task that ever entered it, in order: the last ones are still in it."""
-    buffer = Buffer(capacity)
-    for task in load_tasks(path)[-capacity:]:
-        buffer.add(task)
-    return buffer
-
-
-def load_tasks(path: Path) -> list[Task]:
-    """Read tasks from JSONL. Raises ValueError naming file and line when a line is not a whole task."""
+def load_tasks(path: Path, kinds: Mapping) -> list[Task]:
+    """Read tasks of these kinds (prompts.Kind by name) from JSONL. Raises ValueError naming file and line when a line
+    is not a whole task."""
     tasks = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
-                tasks.append(read_task(line))
+                tasks.append(read_task(line, kinds))
             except (ValueError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {number}: not a whole task ({error}); delete the line or restore the file"
@@ -193,17 +175,23 @@ def load_tasks(path: Path) -> list[Task]:
     return tasks
 
 
-def read_task(line: str) -> Task:
+def read_task(line: str, kinds: Mapping) -> Task:
     known = {item.name for item in fields(Task)}
     task = Task(**{name: value for name, value in json.loads(line).items() if name in known})
-    "".join([task.program, task.message, task.id, *task.inputs, *task.outputs]).encode()  # only for what it raises:
-    normalise(task.program)  # lone surrogates and text that is no Python would stop the run later
+    "".join([task.program, task.message, task.id, *task.inputs, *task.outputs]).encode()  # raises for lone surrogates
     if type(task.step) is not int:
         raise ValueError(f"its step is {task.step!r}")
-    if task.kind not in KINDS or not isinstance(task.inputs, list) or not isinstance(task.outputs, list):
-        raise ValueError(f"it needs a kind of {KINDS} and lists of inputs and outputs")
+    if task.kind not in kinds or not isinstance(task.inputs, list) or not isinstance(task.outputs, list):
+        raise ValueError(f"it needs a kind of {tuple(kinds)} and lists of inputs and outputs")
     if not task.inputs or len(task.inputs) != len(task.outputs):
         raise ValueError("it needs inputs, and one output for each")
-    if task.kind == "induction" and not 0 < task.visible < len(task.inputs):
-        raise ValueError(f"visible is {task.visible}: of {len(task.inputs)} pairs some must be shown and some hidden")
+    kinds[task.kind].inspect(task)
     return task
+
+
+def load_buffer(path: Path, capacity: int, kind) -> Buffer:
+    """The buffer whose file holds every task that ever entered it, in order: the last ones are still in it."""
+    buffer = Buffer(capacity, kind.key)
+    for task in load_tasks(path, {kind.name: kind})[-capacity:]:
+        buffer.add(task)
+    return buffer

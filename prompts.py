@@ -1,37 +1,126 @@
-"""Six prompts (propose and solve, for three task types) and the parsers of their answers.
+"""The task types: what a model is asked, how its reply is read, and what is asked of the judge.
 
-What it does: turns tasks into prompt text and response text back into programs, inputs, outputs and messages.
+What it does: one object per task type (`Kind`) holds everything that depends on the type: two prompts (propose, solve),
+the parsers of their replies, and the two questions to the executor (is this proposal a task? is this answer right?).
 A parser is the inverse of its prompt: both name the same fences, and the tests build a response and parse it back.
-What it leaves out: judging. Nothing here runs a program or decides whether an answer is right (`executor.py` does).
+`load_kinds` adds the kinds of a file; `examples/` shows two.
+What it leaves out: judging. Nothing here runs a program; the executor comes in as an argument.
 Paper: section 3.2 (tasks and prompts) and its appendix; the wording is this project's own. Two deliberate differences:
 the difficulty criteria of abduction and deduction stand with the task they belong to (the official prompts have them
 swapped), and a prompt promises only what the code enforces.
 
-    text = wrap(solve_prompt(task), tokenizer)                 # what the model reads
-    parts = split_response(response)                           # think, answer, formatted
-    answer = parse_answer("deduction", parts.answer)           # what the executor judges
+    kind = KINDS["deduction"]
+    turns = kind.solve(task)                                   # what the model reads, see policy/dialogue.py
+    answer = kind.parse_answer(answer)                         # what it wrote between the answer tags
+    [judgement] = kind.verify(executor, [(task, answer)])
 """
 
-import ast
+import random
 import re
-import string
-from collections.abc import Sequence
+import runpy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 
-from buffers import Task
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The wrapper around all six prompts (paper: R1-style tags, plain text).
-
-PREAMBLE = (
-    "A user poses a task and an assistant solves it. The assistant first reasons step by step and then answers. "
-    "The reasoning stands between <think> and </think>, the final answer between <answer> and </answer>, "
-    "and the reply has exactly these two parts:\n<think>\nreasoning\n</think>\n<answer>\nfinal answer\n</answer>"
-)
-USER, ASSISTANT = "\nUser: ", "\nAssistant: "  # the plain-text dialogue; a chat template has its own marks
+from buffers import Buffer, Task, hash_texts, program_digest
+from policy.dialogue import arguments, fenced_blocks, find_program, syntax
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pieces that several prompts share. A reference and a pair show exactly the fences that an answer must have.
+# What a task type is
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a proposer wrote, not yet run."""
+
+    program: str
+    inputs: list[str] = field(default_factory=list)
+    message: str = ""
+
+
+class Kind(ABC):
+    """One task type. The loop asks it, in this order:
+
+    references -> propose -> (the model) -> parse_proposal -> run -> check, output -> a Task in the buffer
+    solve -> (the model) -> parse_answer -> verify -> right or wrong
+
+    A subclass that lacks an abstract part cannot be made, so a forgotten one shows when the kind is loaded.
+    """
+
+    name: str
+    pool = ""  # kinds with the same pool share their seeds; empty: seeds of its own
+    sources: tuple[str, ...] = ()  # other kinds, from whose buffers `references` draws
+    writes_program = True  # False: the program of a proposal was given, not invented
+
+    @abstractmethod
+    def zero(self) -> Task:
+        """The one task that is given; seeding starts from it."""
+
+    def references(self, buffers: Mapping[str, Buffer], count: int, rng: random.Random) -> list[Task]:
+        """What one propose prompt shows: up to `count` tasks, uniformly."""
+        return buffers[self.name].sample(count, rng)
+
+    @abstractmethod
+    def propose(self, references: Sequence[Task], n_inputs: int) -> list[str]:
+        """The turns of the proposer's dialogue: user, assistant (a demonstration), ..., user (paper section 3.2).
+        `n_inputs`: N, for kinds whose tasks have several inputs."""
+
+    @abstractmethod
+    def parse_proposal(self, answer: str, references: Sequence[Task], n_inputs: int) -> tuple[Draft | None, str]:
+        """Inverse of `propose`: (draft, "") or (None, cause), say no_answer, no_program, no_input."""
+
+    def run(self, executor, drafts: Sequence[Draft], progress: Callable[[int], None] | None = None) -> list[list]:
+        """Results of each draft's inputs. Here: the executor's check that a program runs, is safe and is deterministic
+        (paper section 3.3.3, equation 7)."""
+        return executor.validate([(draft.program, draft.inputs) for draft in drafts], progress)
+
+    def check(self, draft: Draft, results: Sequence) -> str:
+        """ "ok", or the first reason why a draft with these results is no task."""
+        for result in results:
+            if not result.ok:
+                return str(result.verdict)
+            if result.output == "None":
+                return "returns_none"
+        return "ok"
+
+    def output(self, result) -> str:
+        """The gold output that a result of `run` stands for."""
+        return result.output
+
+    @abstractmethod
+    def solve(self, task: Task) -> list[str]:
+        """The turns of the solver's dialogue. The gold answer never appears in them."""
+
+    @abstractmethod
+    def parse_answer(self, answer: str) -> str | None:
+        """Inverse of `solve`: the text to be judged, None when there is none."""
+
+    @abstractmethod
+    def verify(
+        self, executor, pairs: Sequence[tuple[Task, str]], progress: Callable[[int], None] | None = None
+    ) -> list:
+        """A Judgement for each (task, answer) (paper equation 10)."""
+
+    def key(self, task: Task) -> str:
+        """Equal for tasks that are the same. The part before the first colon speaks of the program alone."""
+        return program_digest(task.program)
+
+    def made(self, task: Task) -> str:
+        """Equal for tasks in which the proposer wrote the same."""
+        return self.key(task)
+
+    def inspect(self, task: Task) -> None:
+        """Raise ValueError or SyntaxError for a task of a file that would stop a run later."""
+        self.key(task)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces that several prompts share. A reference and a pair show exactly the fences that an answer must have. Every
+# prompt is a dialogue: what is asked, a demonstration as the assistant's first answer, the case at hand. To propose
+# there are two demonstrations with different arguments, and calls instead of bare arguments: inputs fit the program
+# more often.
 
 MODULES = "math, re, collections, itertools, functools, heapq, string, bisect, operator, copy"
 RULES = (
@@ -56,12 +145,65 @@ NEXT_TASK = (
 )
 CALLS = "The call f({input}) works. Write {count} calls like it with other values, and a message.\n"
 NEXT = "The next program, in the same form:\n```python\n{program}\n```\n"
+PAIR = "```input\n{input}\n```\n```output\n{output}\n```\n"
 
-# Every prompt is a dialogue: what is asked, a demonstration as the assistant's first answer, the case at hand. To
-# propose there are two demonstrations with different arguments, and calls instead of bare arguments: inputs fit the
-# program more often.
-PROPOSE = {
-    "abduction": (
+
+def input_blocks(blocks: Sequence[tuple[str, str]]) -> list[str]:
+    """The arguments in every input block that is not empty."""
+    return [arguments(content) for label, content in blocks if label == "input" and arguments(content)]
+
+
+def answer_block(answer: str, label: str) -> str:
+    """The last block with the label that the prompt names, else the last block, else the whole answer."""
+    blocks = fenced_blocks(answer)
+    named = [content for found, content in blocks if found == label]
+    return named[-1] if named else blocks[-1][1] if blocks else answer
+
+
+class OneInput(Kind):
+    """Kinds whose task is a program with one input. A subclass gives both dialogues and says how answers are read and
+    judged; `proposal` may use {references}; `solution` {program} and {input} or {output}."""
+
+    proposal: tuple[str, ...]
+    solution: tuple[str, ...]
+
+    def zero(self) -> Task:
+        """The zero triplet (paper Figure 5): the identity program."""
+        return Task(self.name, IDENTITY, ["'Hello world'"], ["'Hello world'"], id=f"zero-{self.name}")
+
+    def propose(self, references: Sequence[Task], n_inputs: int) -> list[str]:
+        shown = [
+            REFERENCE.format(number=number, program=task.program, input=task.inputs[0], output=task.outputs[0])
+            for number, task in enumerate(references, 1)
+        ]
+        text = REFERENCES + "".join(shown) if shown else ""
+        return [turn.format(references=text) for turn in self.proposal]
+
+    def parse_proposal(self, answer: str, references: Sequence[Task], n_inputs: int) -> tuple[Draft | None, str]:
+        if not answer.strip():
+            return None, "no_answer"
+        blocks = fenced_blocks(answer)
+        program, inputs = find_program(blocks), input_blocks(blocks)
+        if not program:
+            return None, "no_program"
+        return (Draft(program, [inputs[-1]]), "") if inputs else (None, "no_input")
+
+    def solve(self, task: Task) -> list[str]:
+        fields = {"program": task.program, "input": task.inputs[0], "output": task.outputs[0]}
+        return [turn.format(**fields) for turn in self.solution]
+
+
+IDENTITY = "def f(x):\n    return x"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three kinds of the paper
+
+
+class Abduction(OneInput):
+    """Program and output are shown; any input that gives this output is right."""
+
+    name, pool = "abduction", "pairs"
+    proposal = (
         "Invent a task about a Python program. Another person will see the program and its output, but not the input, "
         "and must find an input that produces this output. Make it hard to reason backwards: let the program transform "
         "its input in several dependent steps, so that the input cannot simply be read off the output. " + TASK_FORM,
@@ -75,8 +217,30 @@ PROPOSE = {
         "    for c in text:\n        result = c.upper() + result if c in 'aeiou' else result + c\n"
         "    return result\n```\n```input\nf('garden')\n```\n</answer>",
         NEXT_TASK,
-    ),
-    "deduction": (
+    )
+    solution = (
+        "Find an input for which a Python program returns the given output. Any input that gives exactly this output "
+        "counts. Reason step by step, then answer with one fenced `input` block. It holds only the arguments of `f`, "
+        "as they would stand between the parentheses of the call: separated by commas, strings in quotes.\n"
+        "```python\ndef f(word):\n    return word.upper() + '!'\n```\n```output\n'HELLO!'\n```\n",
+        "<think>\nf takes one argument, word. It writes word in capitals and adds '!'. Without the '!' the output is "
+        "'HELLO', so word can be 'hello'. Check: f('hello') returns 'HELLO!'.\n</think>\n"
+        "<answer>\n```input\n'hello'\n```\n</answer>",
+        NEXT + "```output\n{output}\n```\n",
+    )
+
+    def parse_answer(self, answer: str) -> str | None:
+        return arguments(answer_block(answer, "input")) or None
+
+    def verify(self, executor, pairs, progress=None) -> list:
+        return executor.verify([(task.program, [answer], task.outputs) for task, answer in pairs], progress)
+
+
+class Deduction(OneInput):
+    """Program and input are shown; the returned value is asked."""
+
+    name, pool = "deduction", "pairs"
+    proposal = (
         "Invent a task about a Python program. Another person will see the program and an input, and must predict the "
         "exact output without running it. Make it hard to predict: let state change over several dependent steps "
         "(loops, conditions, recursion, data structures), so that the output cannot be guessed from the input. "
@@ -91,9 +255,30 @@ PROPOSE = {
         "    steps = []\n    while n > 1:\n        n = n // 2 if n % 2 == 0 else n + 1\n        steps.append(n)\n"
         "    return steps\n```\n```input\nf(12)\n```\n</answer>",
         NEXT_TASK,
-    ),
+    )
+    solution = (
+        "Predict what a Python program returns for the given input. Reason step by step, then answer with one fenced "
+        "`output` block. It holds only the returned value as a Python literal, strings in quotes.\n"
+        "```python\ndef f(word):\n    return word[1:] + word[0]\n```\n```input\n'apple'\n```\n",
+        "<think>\nword is 'apple'. word[1:] is 'pple' and word[0] is 'a'. So f returns 'pplea'.\n</think>\n"
+        "<answer>\n```output\n'pplea'\n```\n</answer>",
+        NEXT + "```input\n{input}\n```\n",
+    )
+
+    def parse_answer(self, answer: str) -> str | None:
+        return answer_block(answer, "output").strip() or None
+
+    def verify(self, executor, pairs, progress=None) -> list:
+        return executor.compare([(task.outputs[0], answer) for task, answer in pairs])
+
+
+class Induction(Kind):
+    """Half of N input/output pairs and a message are shown; a program is asked and judged on the hidden half. The
+    proposer is given a program of the other two buffers and writes the inputs and the message."""
+
+    name, sources, writes_program = "induction", ("abduction", "deduction"), False
     # Two calls more than the parser needs, because small models stop early or repeat themselves.
-    "induction": (
+    proposal = (
         "Write {count} test inputs for a Python program `f` and one message. Another person will see the message and "
         "some of the inputs with their outputs, but never the program, and must write a program that also gives the "
         "right outputs for the other inputs. Choose inputs that differ from each other and together show everything "
@@ -111,34 +296,13 @@ PROPOSE = {
         "texts and numbers.\n</think>\n<answer>\n{texts}"
         "```message\nWrite the beginning of the text twice; the number says how much of it.\n```\n</answer>",
         NEXT + CALLS,
-    ),
-}
-CALL = "```input {number}\nf({input})\n```\n"
-LISTS = ("[3, 1, 2]", "[]", "[7]", "[4, 4, 1]", "[-2, 5, 0, 9]", "[10, 20]", "[8, 6]", "[0, 0]", "[1, 2, 3, 4]")
-LISTS += ("[-5, -6]", "[30, 10, 20]", "[2.5, 1]")
-TEXTS = ("'hello', 2", "'', 3", "'ab cd', 4", "'x', 5", "'Banana', 3", "'12345', 1", "'a-b', 3", "'zz', 2")
-TEXTS += ("'The end', 6", "'tiny', 7", "'One two', 4", "'no', 1")
-
-SOLVE = {
-    "abduction": (
-        "Find an input for which a Python program returns the given output. Any input that gives exactly this output "
-        "counts. Reason step by step, then answer with one fenced `input` block. It holds only the arguments of `f`, "
-        "as they would stand between the parentheses of the call: separated by commas, strings in quotes.\n"
-        "```python\ndef f(word):\n    return word.upper() + '!'\n```\n```output\n'HELLO!'\n```\n",
-        "<think>\nf takes one argument, word. It writes word in capitals and adds '!'. Without the '!' the output is "
-        "'HELLO', so word can be 'hello'. Check: f('hello') returns 'HELLO!'.\n</think>\n"
-        "<answer>\n```input\n'hello'\n```\n</answer>",
-        NEXT + "```output\n{output}\n```\n",
-    ),
-    "deduction": (
-        "Predict what a Python program returns for the given input. Reason step by step, then answer with one fenced "
-        "`output` block. It holds only the returned value as a Python literal, strings in quotes.\n"
-        "```python\ndef f(word):\n    return word[1:] + word[0]\n```\n```input\n'apple'\n```\n",
-        "<think>\nword is 'apple'. word[1:] is 'pple' and word[0] is 'a'. So f returns 'pplea'.\n</think>\n"
-        "<answer>\n```output\n'pplea'\n```\n</answer>",
-        NEXT + "```input\n{input}\n```\n",
-    ),
-    "induction": (
+    )
+    CALL = "```input {number}\nf({input})\n```\n"
+    LISTS = ("[3, 1, 2]", "[]", "[7]", "[4, 4, 1]", "[-2, 5, 0, 9]", "[10, 20]", "[8, 6]", "[0, 0]", "[1, 2, 3, 4]")
+    LISTS += ("[-5, -6]", "[30, 10, 20]", "[2.5, 1]")
+    TEXTS = ("'hello', 2", "'', 3", "'ab cd', 4", "'x', 5", "'Banana', 3", "'12345', 1", "'a-b', 3", "'zz', 2")
+    TEXTS += ("'The end', 6", "'tiny', 7", "'One two', 4", "'no', 1")
+    solution = (
         "Write a Python program that turns each input into its output. It is tested on further inputs that are not "
         "shown.\n"
         + RULES
@@ -149,198 +313,100 @@ SOLVE = {
         "characters are taken and doubled.\n</think>\n<answer>\n```python\ndef f(text, n):\n"
         "    return text[:n] * 2\n```\n</answer>",
         "The next pairs and message, in the same form:\n{pairs}```message\n{message}\n```\n",
-    ),
-}
-PAIR = "```input\n{input}\n```\n```output\n{output}\n```\n"
-PAIRS = PAIR.format(input="'hello', 2", output="'hehe'") + PAIR.format(input="'x', 5", output="'xx'")
+    )
+    PAIRS = PAIR.format(input="'hello', 2", output="'hehe'") + PAIR.format(input="'x', 5", output="'xx'")
 
+    def zero(self) -> Task:
+        """The identity program with six pairs of mixed types and a message, as in the official code."""
+        values = ["'Hello world'", "1", "[1, 2, 3]", "{'a': 1}", "(True, False)", "-2.5"]
+        message = "f returns its argument unchanged."
+        return Task(self.name, IDENTITY, values, list(values), message, visible=3, id="zero-induction")
 
-def fragments() -> list[str]:
-    """Every fixed stretch of text in the prompts above, longest first: a tokenizer can make each a single token."""
-    templates = [PREAMBLE, USER, ASSISTANT, REFERENCE, REFERENCES, CALL, PAIR]
-    templates += [turn for turns in (*PROPOSE.values(), *SOLVE.values()) for turn in turns]
-    pieces = {literal for text in templates for literal, *_ in string.Formatter().parse(text) if literal}
-    pieces |= {CALL.format(number=number, input=text) for some in (LISTS, TEXTS) for number, text in enumerate(some, 1)}
-    return sorted(pieces | {PAIRS}, key=len, reverse=True)
+    def references(self, buffers: Mapping[str, Buffer], count: int, rng: random.Random) -> list[Task]:
+        """One program of the other two buffers, uniformly; putting them together first would cost their size."""
+        first, second = (buffers[name] for name in self.sources)
+        number = rng.choice(range(len(first) + len(second)))
+        return [first[number] if number < len(first) else second[number - len(first)]]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks to prompts.
-
-
-def propose_prompt(kind: str, references: Sequence[Task], n_inputs: int = 10) -> list[str]:
-    """The turns of the proposer's dialogue (paper section 3.2, "Proposing Tasks"): user, assistant (a
-    demonstration), user, assistant (another one), user.
-
-    `references`: up to K earlier tasks to differ from; for induction exactly one task, whose program is to be
-    described. `n_inputs`: N of the paper. Raises ValueError for an induction prompt without a program.
-    """
-    if kind == "induction":
+    def propose(self, references: Sequence[Task], n_inputs: int) -> list[str]:
+        """Raises ValueError without a task whose program is to be described."""
         if not references:
             raise ValueError("an induction proposal needs one task whose program it describes")
         fields = {"count": n_inputs + 2, "program": references[0].program, "input": references[0].inputs[0]}
-        for name, inputs in (("lists", LISTS), ("texts", TEXTS)):
+        for name, inputs in (("lists", self.LISTS), ("texts", self.TEXTS)):
             numbered = enumerate(inputs[: n_inputs + 2], 1)
-            fields[name] = "".join(CALL.format(number=number, input=text) for number, text in numbered)
-    else:
-        shown = [
-            REFERENCE.format(number=number, program=task.program, input=task.inputs[0], output=task.outputs[0])
-            for number, task in enumerate(references, 1)
-        ]
-        fields = {"references": REFERENCES + "".join(shown) if shown else ""}
-    return [turn.format(**fields) for turn in PROPOSE[kind]]
+            fields[name] = "".join(self.CALL.format(number=number, input=text) for number, text in numbered)
+        return [turn.format(**fields) for turn in self.proposal]
 
-
-def solve_prompt(task: Task) -> list[str]:
-    """The turns of the solver's dialogue: it never shows the output (deduction), the input (abduction) or the program
-    and the hidden pairs (induction)."""
-    if task.kind == "induction":
-        visible = zip(task.inputs[: task.visible], task.outputs[: task.visible], strict=True)
-        pairs = "".join(PAIR.format(input=i, output=o) for i, o in visible)
-        fields = {"demonstration": PAIRS, "pairs": pairs, "message": task.message}
-    else:
-        fields = {"program": task.program, "input": task.inputs[0], "output": task.outputs[0]}
-    return [turn.format(**fields) for turn in SOLVE[task.kind]]
-
-
-def wrap(turns: str | Sequence[str], tokenizer, template: str = "plain", prefill_think: bool = True) -> str:
-    """The text the model continues: the preamble about think and answer tags, then the dialogue (user first, turn by
-    turn). `template`: "plain" (the paper) or "chat" (the tokenizer's own chat template, for instruct models). With
-    `prefill_think` the prompt ends with the opening think tag."""
-    turns = [turns] if isinstance(turns, str) else list(turns)
-    if template == "chat":
-        roles = ("user", "assistant")
-        turns[0] = PREAMBLE + "\n\n" + turns[0]
-        messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    else:
-        text = PREAMBLE
-        for number, turn in enumerate(turns):
-            text += (ASSISTANT if number % 2 else USER) + turn
-        text += ASSISTANT
-    return text + ("<think>\n" if prefill_think else "")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Responses back to tasks and answers. Any text may come in; nothing here raises on it.
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A response taken apart. `formatted` is the format test F of the reward: think, then only white space, then
-    answer, from the very start; text after the closing answer tag is allowed."""
-
-    think: str
-    answer: str
-    formatted: bool
-
-
-FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>.*?</answer>", re.DOTALL)
-
-
-def split_response(response: str, prefilled: bool = True) -> Parts:
-    """Take a response apart; `prefilled`: the prompt already held the opening think tag. The last answer counts."""
-    text = "<think>" + response if prefilled else response
-    match = FORMAT.match(text)
-    head, opening, tail = text.rpartition("<answer>")
-    answer = tail.partition("</answer>")[0] if opening else ""
-    think = match.group(1) if match else head.replace("<think>", "").partition("</think>")[0]
-    return Parts(think.strip(), answer.strip("\n"), match is not None)
-
-
-def fenced_blocks(text: str) -> list[tuple[str, str]]:
-    """All fenced blocks as (label, content), in order; whatever follows the first word of the label is dropped. A
-    fence with a label closes a block that was left open, and a closing fence may stand at the end of the last line; an
-    unfinished last block does not count."""
-    blocks: list[tuple[str, str]] = []
-    label: str | None = None
-    lines: list[str] = []
-    for line in text.split("\n"):
-        mark = line.strip()
-        if mark.startswith("```"):
-            if label is not None:
-                blocks.append((label, "\n".join(lines)))
-            opens = label is None or mark != "```"
-            label, lines = (mark.strip("` ").lower().partition(" ")[0], []) if opens else (None, [])
-        elif label is not None and mark.endswith("```"):
-            blocks.append((label, "\n".join([*lines, line.rstrip()[:-3].rstrip()])))
-            label, lines = None, []
-        elif label is not None:
-            lines.append(line)
-    return blocks
-
-
-def arguments(text: str) -> str:
-    """The arguments in an input block, which may hold them alone or as the whole call `f(...)`."""
-    call = re.fullmatch(r"f\((.*)\)", text.strip(), re.DOTALL)
-    return (call.group(1) if call else text).strip()
-
-
-def syntax(text: str) -> str:
-    """What two argument lists have in common that differ only in layout and quotes; any other text is its own."""
-    try:
-        return ast.dump(ast.parse(f"f({text})", mode="eval"))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return text
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What a proposer wrote, not yet run: for induction `program` is empty (it is the one that was shown)."""
-
-    program: str = ""
-    inputs: list[str] = field(default_factory=list)
-    message: str = ""
-
-
-def find_program(blocks: Sequence[tuple[str, str]]) -> str:
-    """The last python (or unlabelled) block that defines `f`, so that an earlier draft does not count. Without one,
-    the last function of the last block that has functions becomes `f` (the official code renames too); "" if none."""
-    candidates = [content.strip("\n") for label, content in blocks if label in ("python", "py", "python3", "")]
-    for content in reversed(candidates):
-        if re.search(r"^def f\b", content, re.MULTILINE):
-            return content
-    for content in reversed(candidates):
-        if names := re.findall(r"^def (\w+)", content, re.MULTILINE):
-            return f"{content}\n\n\nf = {names[-1]}"
-    return ""
-
-
-def parse_proposal(kind: str, answer: str, n_inputs: int = 10) -> tuple[Proposal | None, str]:
-    """Inverse of the propose prompts. Returns (proposal, "") or (None, cause) with cause one of no_answer,
-    no_program, no_input, no_message, too_few_inputs (induction: fewer than `n_inputs` different ones)."""
-    if not answer.strip():
-        return None, "no_answer"
-    blocks = fenced_blocks(answer)
-    inputs = [arguments(content) for label, content in blocks if label == "input" and arguments(content)]
-    if kind == "induction":
+    def parse_proposal(self, answer: str, references: Sequence[Task], n_inputs: int) -> tuple[Draft | None, str]:
+        if not answer.strip():
+            return None, "no_answer"
+        blocks = fenced_blocks(answer)
         messages = [content.strip() for label, content in blocks if label == "message" and content.strip()]
         distinct: dict[str, str] = {}
-        for text in inputs:
+        for text in input_blocks(blocks):
             distinct.setdefault(syntax(text), text)
-        if not inputs:
-            return None, "no_input"
         if len(distinct) < n_inputs:
-            return None, "too_few_inputs"
+            return None, "too_few_inputs" if distinct else "no_input"
         if not messages:
             return None, "no_message"
-        return Proposal(inputs=list(distinct.values())[:n_inputs], message=messages[-1]), ""
-    program = find_program(blocks)
-    if not program:
-        return None, "no_program"
-    if not inputs:
-        return None, "no_input"
-    return Proposal(program, [inputs[-1]]), ""
+        return Draft(references[0].program, list(distinct.values())[:n_inputs], messages[-1]), ""
 
+    def check(self, draft: Draft, results: Sequence) -> str:
+        """Beside what holds for all kinds: the message must not hold the program."""
+        lines = [line.strip() for line in draft.program.splitlines() if not re.fullmatch(HEADS_AND_COMMENTS, line)]
+        tells = "def f" in draft.message or all(line in draft.message for line in lines)
+        cause = super().check(draft, results)
+        return "message_has_code" if cause == "ok" and tells else cause
 
-def parse_answer(kind: str, answer: str) -> str | None:
-    """Inverse of the solve prompts: the text to be judged, None when there is none. The fence named in the prompt
-    comes first; without any fence the whole answer counts (induction always needs a fence)."""
-    blocks = fenced_blocks(answer)
-    if kind == "induction":
+    def solve(self, task: Task) -> list[str]:
+        visible = zip(task.inputs[: task.visible], task.outputs[: task.visible], strict=True)
+        pairs = "".join(PAIR.format(input=i, output=o) for i, o in visible)
+        return [turn.format(demonstration=self.PAIRS, pairs=pairs, message=task.message) for turn in self.solution]
+
+    def parse_answer(self, answer: str) -> str | None:
+        blocks = fenced_blocks(answer)
         plain = [content for label, content in blocks if label not in ("input", "output", "message")]
         return find_program(blocks) or (plain[-1].strip("\n") or None if plain else None)
-    wanted = "input" if kind == "abduction" else "output"
-    named = [content for label, content in blocks if label == wanted]
-    text = named[-1] if named else blocks[-1][1] if blocks else answer
-    return (arguments(text) if kind == "abduction" else text.strip()) or None
+
+    def verify(self, executor, pairs, progress=None) -> list:
+        jobs = [(answer, task.hidden_inputs, task.hidden_outputs) for task, answer in pairs]
+        return executor.verify(jobs, progress)
+
+    def key(self, task: Task) -> str:
+        return f"{program_digest(task.program)}:{hash_texts(sorted(task.inputs))}"
+
+    def made(self, task: Task) -> str:
+        return "\0".join([task.message.strip().lower(), *task.inputs])
+
+    def inspect(self, task: Task) -> None:
+        super().inspect(task)
+        if not 0 < task.visible < len(task.inputs):
+            raise ValueError(f"visible is {task.visible}: of {len(task.inputs)} pairs some must be shown, some hidden")
+
+
+HEADS_AND_COMMENTS = r"(def .*:)?\s*(#.*)?"  # lines that say nothing about what a program does
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of kinds
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (Abduction(), Deduction(), Induction())}
+
+
+@lru_cache
+def load_kinds(spec: str) -> dict[str, Kind]:
+    """The kinds named in `--tasks`: those of KINDS in their order, then every Kind at the top level of the Python files
+    named. Raises ValueError, in one sentence, for a name or file that gives no whole kind."""
+    parts = [part.strip() for part in spec.split(",")]
+    found = {name: kind for name, kind in KINDS.items() if name in parts}
+    for part in (part for part in parts if part not in KINDS):
+        if not Path(part).is_file() or not part.endswith(".py"):
+            raise ValueError(f"--tasks {spec!r}: {part!r} is no file and none of {', '.join(KINDS)}; choose from these")
+        try:
+            made = {value.name: value for value in runpy.run_path(part).values() if isinstance(value, Kind)}
+        except (SyntaxError, TypeError, ImportError, AttributeError, NameError) as error:
+            raise ValueError(f"--tasks {part} makes no whole kind ({error}); mend the file") from error
+        if not made or made.keys() & (found.keys() | KINDS.keys()):
+            raise ValueError(f"--tasks {part} must make a Kind with a new name at its top level, as examples/fault.py")
+        found |= made
+    return found
