@@ -41,12 +41,10 @@ class Draft:
 
 
 class Kind(ABC):
-    """One task type. The loop asks it, in this order:
+    """One task type. A subclass that lacks an abstract part cannot be made. The loop asks, in this order:
 
     references -> propose -> (the model) -> parse_proposal -> run -> check, output -> a Task in the buffer
     solve -> (the model) -> parse_answer -> verify -> right or wrong
-
-    A subclass that lacks an abstract part cannot be made, so a forgotten one shows when the kind is loaded.
     """
 
     name: str
@@ -98,10 +96,12 @@ class Kind(ABC):
         """Inverse of `solve`: the text to be judged, None when there is none."""
 
     @abstractmethod
-    def verify(
-        self, executor, pairs: Sequence[tuple[Task, str]], progress: Callable[[int], None] | None = None
-    ) -> list:
+    def verify(self, executor, pairs: Sequence[tuple[Task, str]], progress=None) -> list:
         """A Judgement for each (task, answer) (paper equation 10)."""
+
+    @abstractmethod
+    def gold(self, task: Task) -> str:
+        """A right answer, in the form that `parse_answer` reads."""
 
     def key(self, task: Task) -> str:
         """Equal for tasks that are the same. The part before the first colon speaks of the program alone."""
@@ -117,10 +117,8 @@ class Kind(ABC):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pieces that several prompts share. A reference and a pair show exactly the fences that an answer must have. Every
-# prompt is a dialogue: what is asked, a demonstration as the assistant's first answer, the case at hand. To propose
-# there are two demonstrations with different arguments, and calls instead of bare arguments: inputs fit the program
-# more often.
+# Pieces that several prompts share. Every prompt is a dialogue: what is asked, a demonstration, the case at hand. To
+# propose there are two demonstrations and calls instead of bare arguments: inputs fit the program more often.
 
 MODULES = "math, re, collections, itertools, functools, heapq, string, bisect, operator, copy"
 RULES = (
@@ -235,6 +233,9 @@ class Abduction(OneInput):
     def verify(self, executor, pairs, progress=None) -> list:
         return executor.verify([(task.program, [answer], task.outputs) for task, answer in pairs], progress)
 
+    def gold(self, task: Task) -> str:
+        return f"```input\n{task.inputs[0]}\n```"
+
 
 class Deduction(OneInput):
     """Program and input are shown; the returned value is asked."""
@@ -270,6 +271,9 @@ class Deduction(OneInput):
 
     def verify(self, executor, pairs, progress=None) -> list:
         return executor.compare([(task.outputs[0], answer) for task, answer in pairs])
+
+    def gold(self, task: Task) -> str:
+        return f"```output\n{task.outputs[0]}\n```"
 
 
 class Induction(Kind):
@@ -314,6 +318,7 @@ class Induction(Kind):
         "    return text[:n] * 2\n```\n</answer>",
         "The next pairs and message, in the same form:\n{pairs}```message\n{message}\n```\n",
     )
+    EMPTY = r"(def .*:)?\s*(#.*)?"  # a line that says nothing about what a program does
     PAIRS = PAIR.format(input="'hello', 2", output="'hehe'") + PAIR.format(input="'x', 5", output="'xx'")
 
     def zero(self) -> Task:
@@ -354,7 +359,7 @@ class Induction(Kind):
 
     def check(self, draft: Draft, results: Sequence) -> str:
         """Beside what holds for all kinds: the message must not hold the program."""
-        lines = [line.strip() for line in draft.program.splitlines() if not re.fullmatch(HEADS_AND_COMMENTS, line)]
+        lines = [line.strip() for line in draft.program.splitlines() if not re.fullmatch(self.EMPTY, line)]
         tells = "def f" in draft.message or all(line in draft.message for line in lines)
         cause = super().check(draft, results)
         return "message_has_code" if cause == "ok" and tells else cause
@@ -373,6 +378,9 @@ class Induction(Kind):
         jobs = [(answer, task.hidden_inputs, task.hidden_outputs) for task, answer in pairs]
         return executor.verify(jobs, progress)
 
+    def gold(self, task: Task) -> str:
+        return f"```python\n{task.program}\n```"
+
     def key(self, task: Task) -> str:
         return f"{program_digest(task.program)}:{hash_texts(sorted(task.inputs))}"
 
@@ -384,8 +392,6 @@ class Induction(Kind):
         if not 0 < task.visible < len(task.inputs):
             raise ValueError(f"visible is {task.visible}: of {len(task.inputs)} pairs some must be shown, some hidden")
 
-
-HEADS_AND_COMMENTS = r"(def .*:)?\s*(#.*)?"  # lines that say nothing about what a program does
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of kinds

@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import azr
-import prompts
-from buffers import KINDS, Buffer, Task, load_buffer, load_tasks, normalise, save_tasks, zero_task
-from executor import ALLOWED_MODULES, Executor
+from azr import Rollout
+from buffers import Buffer, Task, save_tasks
+from executor import Executor
 from harness.config import TINY_MODEL, Config, parse, presets_table
-from harness.start import Rollout
+from policy.dialogue import split_response
+from prompts import KINDS
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = "def f(items, k):\n    total = 0\n    for x in items:\n        total = total * k + x\n    return total"
@@ -39,10 +40,6 @@ def executor():
         yield running
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts and parsers
-
-
 def reply(answer: str, think: str = "I think.") -> str:
     return f"{think}\n</think>\n<answer>\n{answer}\n</answer>"
 
@@ -51,264 +48,8 @@ def fence(label: str, content: str) -> str:
     return f"```{label}\n{content}\n```\n"
 
 
-def random_text(rng: random.Random) -> str:
-    return (
-        "".join(rng.choice("abc xyz'\"[](){}<>/=+\\\n\té\U0001f600") for _ in range(rng.randrange(1, 40))).strip()
-        or "x"
-    )
-
-
-def test_proposals_parse_back():
-    """parse_proposal undoes propose_prompt's format, whatever the program and the inputs look like."""
-    rng = random.Random(0)
-    for _ in range(300):
-        program = f"import math\n\ndef f(x):\n    y = {random_text(rng)!r}\n    return (x, y)"
-        text = repr(random_text(rng))
-        parts = prompts.split_response(reply(fence("python", program) + fence("input", text)))
-        proposal, cause = prompts.parse_proposal("abduction", parts.answer)
-        assert (proposal.program, proposal.inputs, cause) == (program, [text], "")
-        inputs = [repr((number, random_text(rng))) for number in range(6)]
-        answer = "".join(fence("input", item) for item in inputs) + fence("message", "Add them\nup.")
-        proposal, cause = prompts.parse_proposal("induction", prompts.split_response(reply(answer)).answer, 6)
-        assert (proposal.inputs, proposal.message, cause) == (inputs, "Add them\nup.", "")
-
-
-def test_answers_parse_back():
-    rng = random.Random(1)
-    for _ in range(300):
-        value = repr([random_text(rng), rng.random(), None])
-        for kind, label in (("deduction", "output"), ("abduction", "input")):
-            assert prompts.parse_answer(kind, prompts.split_response(reply(fence(label, value))).answer) == value
-        assert (
-            prompts.parse_answer("induction", prompts.split_response(reply(fence("python", PROGRAM))).answer) == PROGRAM
-        )
-
-
-def test_every_prompt_shows_its_own_format():
-    """The example reply inside each prompt is parsed by the parser of that prompt: they cannot drift apart."""
-    for kind in KINDS:
-        for demonstration in prompts.propose_prompt(kind, [zero_task("deduction")], 6)[1::2]:
-            shown = prompts.split_response(demonstration, prefilled=False)
-            assert shown.formatted
-            proposal, _ = prompts.parse_proposal(kind, shown.answer, 6)
-            assert proposal and not any(text.startswith("f(") for text in proposal.inputs)
-        prompt = "".join(prompts.solve_prompt(zero_task(kind)))
-        shown = prompts.split_response(prompt[prompt.rindex("<think>") :], prefilled=False)
-        assert shown.formatted and prompts.parse_answer(kind, shown.answer)
-
-
-def test_prompts_hide_what_must_be_found():
-    task = Task("deduction", PROGRAM, ["[77, 5], 3"], ["98765"])
-    text = "".join(prompts.solve_prompt(task))
-    assert "98765" not in text and "[77, 5]" in text
-    task.kind = "abduction"
-    text = "".join(prompts.solve_prompt(task))
-    assert "[77, 5]" not in text and "98765" in text
-    task = Task("induction", PROGRAM, ["[1], 2", "[111], 2"], ["1", "111"], "hint", visible=1)
-    text = prompts.solve_prompt(task)[-1]
-    assert "111" not in text and "total" not in text and "hint" in text
-
-
-def test_prompts_promise_only_allowed_modules():
-    assert set(prompts.MODULES.split(", ")) <= set(ALLOWED_MODULES)
-
-
-@pytest.mark.parametrize(
-    "response, formatted",
-    [
-        ("a</think><answer>b</answer>", True),
-        ("a</think> \n <answer>b</answer> trailing text", True),
-        ("a</think> text between <answer>b</answer>", False),
-        ("a <answer>b</answer>", False),
-        ("a</think><answer>b", False),
-    ],
-)
-def test_response_format(response, formatted):
-    assert prompts.split_response(response).formatted is formatted
-
-
-def test_text_before_the_think_tag_fails_the_format():
-    assert not prompts.split_response("hm <think>a</think><answer>b</answer>", prefilled=False).formatted
-
-
-def test_two_answer_tags_the_last_one_is_used():
-    assert prompts.split_response("t</think><answer>1</answer><answer>2</answer>").answer == "2"
-
-
-def test_input_block_before_the_code_block_is_accepted():
-    proposal, _ = prompts.parse_proposal("deduction", fence("input", "[1], 2") + fence("python", PROGRAM))
-    assert proposal.program == PROGRAM and proposal.inputs == ["[1], 2"]
-
-
-def test_draft_code_block_then_final_one_takes_the_last_that_defines_f():
-    answer = fence("python", "def f(x):\n    draft") + fence("python", PROGRAM) + fence("python", "print(f([1], 2))")
-    assert prompts.parse_proposal("deduction", answer + fence("input", "[1], 2"))[0].program == PROGRAM
-
-
-def test_other_function_name_becomes_f(executor):
-    answer = fence("python", "def helper(x):\n    return x + 1\n\ndef main(x):\n    return helper(x)") + fence(
-        "input", "1"
-    )
-    program = prompts.parse_proposal("deduction", answer)[0].program
-    assert executor.validate([(program, ["1"])])[0][0].output == "2"
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [("f([1], 2)", "[1], 2"), (" [1], 2\n", "[1], 2"), ("f('a)(b')", "'a)(b'"), ("f()", ""), ("g(1)", "g(1)")],
-)
-def test_an_input_block_may_hold_the_whole_call(text, expected):
-    assert prompts.arguments(text) == expected
-
-
-def test_a_call_with_something_around_it_is_no_input(executor):
-    for text in ("f(1), f(2)", "f(1) or (2)", "f(1) + f(2)", "f(1) + 2", "f(f(1))", "x = f(1)", "f(1)\nf(2)"):
-        answer = prompts.parse_answer("abduction", fence("input", text))
-        assert not executor.validate([("def f(*x):\n    return x", [answer])])[0][0].ok
-        assert not executor.verify_abduction([("def f(*x):\n    return 1", "1", answer)])[0].correct
-
-
-@pytest.mark.parametrize(
-    "kind, answer, cause",
-    [
-        ("deduction", "", "no_answer"),
-        ("deduction", fence("input", "1"), "no_program"),
-        ("abduction", fence("python", PROGRAM), "no_input"),
-        ("induction", fence("input", "1") * 6 + fence("message", "m"), "too_few_inputs"),
-        (
-            "induction",
-            "".join(fence("input", text) for text in ("[1]", "[ 1]", "[1,]", "'a'", '"a"', "0"))
-            + fence("message", "m"),
-            "too_few_inputs",
-        ),
-        ("induction", "".join(fence("input", str(n)) for n in range(6)), "no_message"),
-    ],
-)
-def test_unusable_proposals_name_their_cause(kind, answer, cause):
-    assert prompts.parse_proposal(kind, answer, 6) == (None, cause)
-
-
-def test_parsers_survive_100_000_mutated_responses():
-    rng = random.Random(2)
-    pieces = [
-        "<think>",
-        "</think>",
-        "<answer>",
-        "</answer>",
-        "```",
-        "```python\n",
-        "```input\n",
-        "\n",
-        "def f(x):",
-        "'",
-        "\0",
-    ]
-    pieces += [
-        "```output\n",
-        "```message\n",
-        "1, 2",
-        "\ud800",
-        "é",
-        "f(",
-        ")",
-        "<",
-        ">",
-        " ",
-        "    return x",
-        "class A:",
-    ]
-    base = reply(fence("python", PROGRAM) + fence("input", "[1, 2], 3"))
-    for number in range(100_000):
-        cut, end = rng.randrange(len(base)), rng.randrange(len(base))
-        text = base[:cut] + "".join(rng.choices(pieces, k=rng.randrange(6))) + base[end:]
-        parts = prompts.split_response(text, prefilled=number % 2 == 0)
-        kind = KINDS[number % 3]
-        prompts.parse_proposal(kind, parts.answer, 2)
-        prompts.parse_answer(kind, parts.answer)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Buffers
-
-
 def numbered(number: int, step: int = 0) -> Task:
     return Task("deduction", f"def f(x):\n    return x + {number}", ["1"], [str(1 + number)], step=step)
-
-
-def test_buffer_at_capacity_drops_the_oldest_and_the_new_slice_is_the_new_ones():
-    buffer = Buffer(20)
-    for number in range(20):
-        assert buffer.add(numbered(number))
-    for number in range(20, 30):
-        assert buffer.add(numbered(number, step=7))
-    assert len(buffer) == 20 and next(iter(buffer)).program.endswith("+ 10")
-    assert [task.program for task in buffer.added_at(7)] == [numbered(number).program for number in range(20, 30)]
-
-
-def test_buffer_refuses_programs_equal_up_to_names_comments_and_layout():
-    buffer = Buffer()
-    assert buffer.add(Task("deduction", "def f(a):\n    b = a + 1\n    return b", ["1"], ["2"]))
-    assert not buffer.add(
-        Task("deduction", "def f(x):\n    '''Doc.'''\n    y = (x+1)  # hm\n\n    return y", ["5"], ["6"])
-    )
-    assert buffer.add(Task("deduction", "def f(a):\n    b = a + 2\n    return b", ["1"], ["3"]))
-    assert buffer.add(Task("deduction", "def f(a):\n    b = a + 1\n    return a", ["1"], ["1"]))
-
-
-def test_programs_that_differ_in_names_of_outer_variables_or_in_defaults_are_two():
-    outer = (
-        "def f(x):\n    a, b = 1, 2\n    def g():\n        nonlocal {}\n        a = b = x\n    g()\n    return a - b"
-    )
-    assert normalise(outer.format("a")) != normalise(outer.format("b"))
-    first, second = "def f(x, *, a=1, b): return x", "def f(x, *, a, b=1): return x"
-    assert normalise(first) != normalise(second)
-
-
-def test_normalise_survives_integers_that_python_does_not_print():
-    assert normalise("x = 0x" + "f" * 5000) != normalise("x = 0x" + "f" * 5001)
-    assert normalise("x = 1") != normalise("x = True")
-
-
-def test_normalise_survives_deep_programs():
-    assert normalise("def f(x):\n    return " + "+".join(["x"] * 3000))
-
-
-def test_buffer_sampling_is_uniform_without_replacement():
-    buffer, rng, counts = Buffer(), random.Random(3), {}
-    for number in range(10):
-        buffer.add(numbered(number))
-    for _ in range(2000):
-        drawn = buffer.sample(3, rng)
-        assert len({task.program for task in drawn}) == 3
-        for task in drawn:
-            counts[task.program] = counts.get(task.program, 0) + 1
-    assert min(counts.values()) > 500 and max(counts.values()) < 700
-    assert len(buffer.sample(99, rng)) == 10
-
-
-def test_tasks_survive_a_file_and_a_truncated_one_names_its_line(tmp_path):
-    tasks = [zero_task(kind) for kind in KINDS]
-    save_tasks(tmp_path / "tasks.jsonl", tasks)
-    assert load_tasks(tmp_path / "tasks.jsonl") == tasks
-    text = (tmp_path / "tasks.jsonl").read_text()
-    (tmp_path / "tasks.jsonl").write_text(text[:-20])
-    with pytest.raises(ValueError, match=r"tasks\.jsonl, line 3"):
-        load_tasks(tmp_path / "tasks.jsonl")
-
-
-def test_a_full_buffer_comes_back_from_the_file_of_all_that_ever_entered(tmp_path):
-    buffer, rng, entered = Buffer(20), random.Random(4), []
-    for step in range(300):  # programs come again, some while they are still in the ring and some after they left it
-        task = numbered(rng.randrange(40), step)
-        if buffer.add(task):
-            entered.append(task)
-    save_tasks(tmp_path / "entered.jsonl", entered)
-    again = load_buffer(tmp_path / "entered.jsonl", 20)
-    assert len(entered) > 60 and list(again.tasks.items()) == list(buffer.tasks.items())
-    draws = [[held.sample(4, random.Random(seed)) for seed in range(9)] for held in (buffer, again)]
-    assert draws[0] == draws[1]
-    buffer.add(numbered(99, 300))
-    assert buffer[19].step == 300 and buffer[0] is next(iter(buffer))  # the list of all was made anew
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +58,7 @@ def test_a_full_buffer_comes_back_from_the_file_of_all_that_ever_entered(tmp_pat
 
 def attempt(task: Task, answer: str) -> Rollout:
     return Rollout(
-        "solve", task.kind, 1, "", [], task=task, response=reply(answer), parts=prompts.split_response(reply(answer))
+        "solve", task.kind, 1, "", [], task=task, response=reply(answer), parts=split_response(reply(answer))
     )
 
 
@@ -360,7 +101,7 @@ def test_gold_proposals_are_valid(run, kind):
         answer = "".join(fence("input", item) for item in inputs) + fence("message", "Weigh the items.")
     references = [Task("deduction", PROGRAM, [inputs[0]], ["5"], id="x")]
     item = Rollout("propose", kind, 1, "", [], references=references, response=reply(answer))
-    item.parts = prompts.split_response(item.response)
+    item.parts = split_response(item.response)
     azr.validate(run, [item])
     assert item.verdict == "ok" and item.task.outputs[0] == "5" and item.task.references == ["x"]
     assert len(item.task.hidden_inputs) == (run.config.inputs // 2 if kind == "induction" else 0)
@@ -378,7 +119,7 @@ def test_gold_proposals_are_valid(run, kind):
 )
 def test_bad_proposals_are_rejected_with_their_reason(run, program, verdict):
     item = Rollout("propose", "deduction", 1, "", [], response=reply(fence("python", program) + fence("input", "1")))
-    item.parts = prompts.split_response(item.response)
+    item.parts = split_response(item.response)
     azr.validate(run, [item])
     assert item.task is None and item.verdict == verdict
 
@@ -397,7 +138,7 @@ def test_bad_proposals_are_rejected_with_their_reason(run, program, verdict):
 def test_a_message_that_is_the_program_is_rejected(run, program, message, verdict):
     answer = "".join(fence("input", f"[{n}], 1") for n in range(6)) + fence("message", message)
     item = Rollout("propose", "induction", 1, "", [], references=[numbered(1)], response=reply(answer))
-    item.parts = prompts.split_response(item.response)
+    item.parts = split_response(item.response)
     item.references[0].program = program
     azr.validate(run, [item])
     assert item.verdict == verdict
@@ -420,11 +161,11 @@ def test_a_seed_too_long_for_either_of_its_two_uses_is_left_out(run, tmp_path):
     """`list(range(900))`: the output stands in the abduction prompt, not in the one for deduction."""
     long = Task("deduction", "def f(x):\n    return list(range(x))", ["900"], [str(list(range(900)))], id="long")
     assert azr.fits(run, long) and not azr.fits(run, replace(long, kind="abduction"))
-    save_tasks(tmp_path / "seeds.jsonl", [long, numbered(3), zero_task("induction")])
+    save_tasks(tmp_path / "seeds.jsonl", [long, numbered(3), KINDS["induction"].zero()])
     run.config.seeds = str(tmp_path / "seeds.jsonl")
     azr.seed_buffers(run)
     run.config.seeds = ""
-    for kind in KINDS[:2]:
+    for kind in ("abduction", "deduction"):
         assert [task.program for task in run.buffers[kind]] == [numbered(3).program]
 
 
@@ -631,11 +372,11 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(capsys, arguments, words)
 def test_what_turns_out_wrong_before_the_first_step_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text("{}\n")
-    save_tasks(tmp_path / "nopython.jsonl", [zero_task("deduction"), Task("abduction", "def f(:", ["1"], ["1"])])
-    save_tasks(tmp_path / "all_shown.jsonl", [replace(zero_task("induction"), visible=99)])
+    save_tasks(tmp_path / "nopython.jsonl", [KINDS["deduction"].zero(), Task("abduction", "def f(:", ["1"], ["1"])])
+    save_tasks(tmp_path / "all_shown.jsonl", [replace(KINDS["induction"].zero(), visible=99)])
     (tmp_path / "binary.jsonl").write_bytes(bytes(range(256)))
     seeds = [] if "--seeds" in arguments or "--max-prompt" in arguments else ["--seeds", "seeds.jsonl"]
-    save_tasks(tmp_path / "seeds.jsonl", [zero_task(kind) for kind in KINDS])
+    save_tasks(tmp_path / "seeds.jsonl", [kind.zero() for kind in KINDS.values()])
     assert azr.main([*SMALL, *seeds, "--steps", "1", "--out", "r", *arguments]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("azr.py: ") and words in message

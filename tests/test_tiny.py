@@ -13,12 +13,13 @@ sys.path.insert(0, str(ROOT / "tiny"))
 import make  # noqa: E402
 import programs  # noqa: E402
 
-import prompts  # noqa: E402
-from buffers import KINDS, load_tasks, normalise  # noqa: E402
+from buffers import load_tasks, program_digest  # noqa: E402
 from executor import Executor, canonical, parse_arguments  # noqa: E402
+from policy.dialogue import split_response  # noqa: E402
+from prompts import KINDS  # noqa: E402
 
-TASKS = [task for split in ("dev", "test") for task in load_tasks(ROOT / "tiny" / f"{split}.jsonl")]
-FORBIDDEN = {prompts.solve_prompt(task)[-1] for task in TASKS}
+TASKS = [task for split in ("dev", "test") for task in load_tasks(ROOT / "tiny" / f"{split}.jsonl", KINDS)]
+FORBIDDEN = {KINDS[task.kind].solve(task)[-1] for task in TASKS}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def executor():
 def test_held_out_tasks_match_neither_corpus_nor_each_other(tmp_path):
     tokenizer = make.PreTrainedTokenizerFast.from_pretrained(ROOT / "tiny" / "model")
     make.check(tokenizer, TASKS, FORBIDDEN, samples=500)
-    splits = {split: {normalise(t.program) for t in TASKS if t.id.startswith(split)} for split in ("dev", "test")}
+    splits = {split: {program_digest(t.program) for t in TASKS if t.id.startswith(split)} for split in ("dev", "test")}
     assert splits["dev"] and not splits["dev"] & splits["test"]
 
 
@@ -60,20 +61,12 @@ def test_gold_responses_are_judged_right_and_changed_ones_wrong(executor, kind, 
     rng = random.Random(3)
     for _ in range(20):
         task, response = make.solve_example(rng, kind, reason)
-        parts = prompts.split_response(response)
-        answer = prompts.parse_answer(kind, parts.answer)
+        parts = split_response(response)
+        answer = KINDS[kind].parse_answer(parts.answer)
         assert parts.formatted and bool(parts.think) == reason
-        assert judge(executor, kind, task, answer)
+        assert KINDS[kind].verify(executor, [(task, answer)])[0].correct
         wrong = "def f(x):\n    return [x]" if kind == "induction" else "['no such value']"
-        assert not judge(executor, kind, task, wrong)
-
-
-def judge(executor, kind, task, answer) -> bool:
-    if kind == "deduction":
-        return executor.verify_deduction([(task.outputs[0], answer)])[0].correct
-    if kind == "abduction":
-        return executor.verify_abduction([(task.program, task.outputs[0], answer)])[0].correct
-    return executor.verify_induction([(answer, task.hidden_inputs, task.hidden_outputs)])[0].correct
+        assert not KINDS[kind].verify(executor, [(task, wrong)])[0].correct
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,8 +74,9 @@ def test_gold_proposals_parse_and_run(executor, kind):
     rng = random.Random(4)
     for _ in range(10):
         prompt, response = make.propose_example(rng, kind)
-        parts = prompts.split_response(response)
-        proposal, cause = prompts.parse_proposal(kind, parts.answer, programs.N_INPUTS)
+        parts = split_response(response)
+        given = programs.as_task(rng, "deduction", programs.problem(rng, "corpus", 1))
+        proposal, cause = KINDS[kind].parse_proposal(parts.answer, [given], programs.N_INPUTS)
         assert parts.formatted and proposal is not None, cause
         assert bool(proposal.message) == (kind == "induction")
         if kind != "induction":

@@ -12,6 +12,7 @@ What it leaves out: any text that is not made here. What the base model was give
 import argparse
 import math
 import random
+import string
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +42,9 @@ from programs import (
 )
 
 import prompts
-from buffers import KINDS, Task, load_tasks, normalise, save_tasks, zero_task
+from buffers import Task, load_tasks, program_digest, save_tasks
+from policy.dialogue import ASSISTANT, PREAMBLE, USER, split_response, wrap
+from prompts import KINDS, Induction
 
 HERE = Path(__file__).resolve().parent
 
@@ -89,20 +92,20 @@ def propose_example(rng: random.Random, kind: str) -> tuple[list[str], str]:
         item = problem(rng, "corpus", depth, N_INPUTS + 1)
         if rng.random() < 0.03:  # the identity, which is what self-play starts from
             values = [random_value(rng, "list") for _ in range(N_INPUTS + 1)]
-            item = Problem([], zero_task(kind).program, "", values, values)
+            item = Problem([], KINDS[kind].zero().program, "", values, values)
         inputs = [repr(value) for value in item.values]
         task = Task(kind, item.program, inputs[-1:], [repr(item.outputs[-1])])
         # as many calls as the parser needs; the prompt asks for two more because larger models stop early
-        blocks = "".join(prompts.CALL.format(number=n, input=text) for n, text in enumerate(inputs[:-1], 1))
+        blocks = "".join(Induction.CALL.format(number=n, input=text) for n, text in enumerate(inputs[:-1], 1))
         body = f"{blocks}```message\n{message(rng, item.steps)}".removeprefix("```input 1\n")
-        return prompts.propose_prompt(kind, [task], N_INPUTS), respond("input 1", body, [])
+        return KINDS[kind].propose([task], N_INPUTS), respond("input 1", body, [])
     item = problem(rng, "corpus", depth)
     references = []
     for _ in range(rng.choice((1, 2, 2, 2))):
         other = problem(rng, "corpus", rng.choices((1, 2, 3), (3, 4, 3))[0])
-        references.append(zero_task(kind) if rng.random() < 0.1 else as_task(rng, kind, other))
+        references.append(KINDS[kind].zero() if rng.random() < 0.1 else as_task(rng, kind, other))
     body = f"{item.program}\n```\n```input\nf({item.values[0]!r})"
-    return prompts.propose_prompt(kind, references), respond("python", body, [])
+    return KINDS[kind].propose(references, N_INPUTS), respond("python", body, [])
 
 
 # Shares of the six cells in the corpus. How often a solver's response reasons is a matter of the stage (STAGES).
@@ -123,7 +126,7 @@ def corpus(rng: random.Random, reason: float, deepest: int, forbidden: set) -> I
             continue
         share = max(reason, INDUCTION_REASONS) if kind == "induction" else reason
         task, response = solve_example(rng, kind, rng.random() < share, deepest)
-        prompt = prompts.solve_prompt(task)
+        prompt = KINDS[task.kind].solve(task)
         if prompt[-1] not in forbidden:
             yield prompt, response
 
@@ -132,13 +135,23 @@ def corpus(rng: random.Random, reason: float, deepest: int, forbidden: set) -> I
 # Tokenizer: bytes, plus whole tokens for the fixed text of the prompts, the pieces of the programs and small integers.
 
 
+def fragments() -> list[str]:
+    """Every fixed stretch of text in the prompts of the three kinds, longest first: each becomes a single token."""
+    templates = [PREAMBLE, USER, ASSISTANT, prompts.REFERENCE, prompts.REFERENCES, Induction.CALL, prompts.PAIR]
+    templates += [turn for kind in KINDS.values() for turn in (*kind.proposal, *kind.solution)]
+    pieces = {literal for text in templates for literal, *_ in string.Formatter().parse(text) if literal}
+    for inputs in (Induction.LISTS, Induction.TEXTS):
+        pieces |= {Induction.CALL.format(number=number, input=text) for number, text in enumerate(inputs, 1)}
+    return sorted(pieces | {Induction.PAIRS}, key=len, reverse=True)
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0, "<eos>": 1} | {letter: 2 + i for i, letter in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    pieces = sorted(prompts.fragments()) + [
+    pieces = sorted(fragments()) + [
         "<think>\n",
         REASON,
         END,
@@ -184,7 +197,7 @@ def batches(examples: Iterator[tuple], tokenizer, steps: int, rng: random.Random
     done = 0
     while done < steps:
         chunk = [next(examples) for _ in range(6000)]
-        heads = tokenizer([prompts.wrap(prompt, tokenizer) for prompt, _ in chunk])["input_ids"]
+        heads = tokenizer([wrap(prompt, tokenizer) for prompt, _ in chunk])["input_ids"]
         tails = tokenizer([response for _, response in chunk])["input_ids"]
         rows = sorted(
             ((head + tail + [tokenizer.eos_token_id], len(head)) for head, tail in zip(heads, tails, strict=True)),
@@ -240,14 +253,14 @@ def train(model, data: Iterator[tuple], steps: int, peak: float, log: Callable[[
 def check(tokenizer, tasks: list[Task], forbidden: set, samples: int = 3000) -> None:
     """Raise AssertionError where the corpus meets a held-out task, a gold answer is wrong, or a text does not survive
     the tokenizer."""
-    for text in prompts.fragments():
+    for text in fragments():
         assert len(tokenizer.encode(text)) == 1, f"not one token: {text[:60]!r}; the prompts changed, make it again"
-    programs = {normalise(task.program) for task in tasks}
+    programs = {program_digest(task.program) for task in tasks}
     rng = random.Random(-1)
     for prompt, response in (pair for pair, _ in zip(corpus(rng, 0.5, 4, forbidden), range(samples), strict=False)):
-        text = prompts.wrap(prompt, tokenizer) + response
+        text = wrap(prompt, tokenizer) + response
         assert tokenizer.decode(tokenizer.encode(text)) == text, text
-        assert prompts.split_response(response).formatted, response
+        assert split_response(response).formatted, response
         assert prompt[-1] not in forbidden, prompt[-1]
     used = {KEYS[program] for program in KEYS if split_of(KEYS[program]) == "corpus"}
     assert not used & programs, "a corpus program is held out"
@@ -266,7 +279,7 @@ def make(seed: int) -> None:
 
     splits = {split: held_out(split, seed) for split, seed in (("dev", 11), ("test", 13))}
     tasks = [task for split in splits.values() for task in split]
-    forbidden = {prompts.solve_prompt(task)[-1] for task in tasks}
+    forbidden = {KINDS[task.kind].solve(task)[-1] for task in tasks}
     tokenizer = build_tokenizer()
     check(tokenizer, tasks, forbidden)
     for split, found in splits.items():
@@ -299,9 +312,9 @@ def main() -> None:
     if not arguments.check:
         make(arguments.seed)
         return
-    tasks = [task for split in ("dev", "test") for task in load_tasks(HERE / f"{split}.jsonl")]
+    tasks = [task for split in ("dev", "test") for task in load_tasks(HERE / f"{split}.jsonl", KINDS)]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / "model")
-    check(tokenizer, tasks, {prompts.solve_prompt(task)[-1] for task in tasks})
+    check(tokenizer, tasks, {KINDS[task.kind].solve(task)[-1] for task in tasks})
     print(f"ok: {len(tasks)} held-out tasks, no program or prompt of them in the corpus, every fragment one token")
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import prompts
-from buffers import KINDS, Task, normalise
+from buffers import Task, program_digest
+from prompts import KINDS
 
 HELD_OUT_DEPTHS = (1, 2, 3, 4, 5)  # statements per program; the corpus stops at 4 (STAGES)
 HELD_OUT_PER_DEPTH = 40
@@ -199,7 +199,7 @@ def problem(rng: random.Random, split: str, depth: int, count: int = 1, uniform:
         start, steps = random_steps(rng, depth, uniform)
         program = program_text(steps)
         if program not in KEYS:
-            KEYS[program] = normalise(program)
+            KEYS[program] = program_digest(program)
         if split_of(KEYS[program]) != split:
             continue
         values, outputs = [], []
@@ -241,7 +241,7 @@ def held_out(split: str, seed: int) -> list[Task]:
             count = 0
             while count < HELD_OUT_PER_DEPTH:
                 task = as_task(rng, kind, problem(rng, split, depth, N_INPUTS if kind == "induction" else 1))
-                prompt = prompts.solve_prompt(task)[-1]
+                prompt = KINDS[kind].solve(task)[-1]
                 if prompt not in seen:
                     seen.add(prompt)
                     task.id = f"{split}-{kind}-{depth}-{count}"

@@ -1,0 +1,94 @@
+"""Tests of tasks, buffers and their files."""
+
+import random
+
+import pytest
+
+from buffers import Buffer, Task, load_buffer, load_tasks, program_digest, save_tasks
+from prompts import KINDS
+
+PROGRAM = "def f(items, k):\n    total = 0\n    for x in items:\n        total = total * k + x\n    return total"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Buffers
+
+
+def numbered(number: int, step: int = 0) -> Task:
+    return Task("deduction", f"def f(x):\n    return x + {number}", ["1"], [str(1 + number)], step=step)
+
+
+def test_buffer_at_capacity_drops_the_oldest_and_the_new_slice_is_the_new_ones():
+    buffer = Buffer(20)
+    for number in range(20):
+        assert buffer.add(numbered(number))
+    for number in range(20, 30):
+        assert buffer.add(numbered(number, step=7))
+    assert len(buffer) == 20 and next(iter(buffer)).program.endswith("+ 10")
+    assert [task.program for task in buffer.added_at(7)] == [numbered(number).program for number in range(20, 30)]
+
+
+def test_buffer_refuses_programs_equal_up_to_names_comments_and_layout():
+    buffer = Buffer()
+    assert buffer.add(Task("deduction", "def f(a):\n    b = a + 1\n    return b", ["1"], ["2"]))
+    assert not buffer.add(
+        Task("deduction", "def f(x):\n    '''Doc.'''\n    y = (x+1)  # hm\n\n    return y", ["5"], ["6"])
+    )
+    assert buffer.add(Task("deduction", "def f(a):\n    b = a + 2\n    return b", ["1"], ["3"]))
+    assert buffer.add(Task("deduction", "def f(a):\n    b = a + 1\n    return a", ["1"], ["1"]))
+
+
+def test_programs_that_differ_in_names_of_outer_variables_or_in_defaults_are_two():
+    outer = (
+        "def f(x):\n    a, b = 1, 2\n    def g():\n        nonlocal {}\n        a = b = x\n    g()\n    return a - b"
+    )
+    assert program_digest(outer.format("a")) != program_digest(outer.format("b"))
+    first, second = "def f(x, *, a=1, b): return x", "def f(x, *, a, b=1): return x"
+    assert program_digest(first) != program_digest(second)
+
+
+def test_digests_survive_integers_that_python_does_not_print():
+    assert program_digest("x = 0x" + "f" * 5000) != program_digest("x = 0x" + "f" * 5001)
+    assert program_digest("x = 1") != program_digest("x = True")
+
+
+def test_digests_survive_deep_programs():
+    assert program_digest("def f(x):\n    return " + "+".join(["x"] * 3000))
+
+
+def test_buffer_sampling_is_uniform_without_replacement():
+    buffer, rng, counts = Buffer(), random.Random(3), {}
+    for number in range(10):
+        buffer.add(numbered(number))
+    for _ in range(2000):
+        drawn = buffer.sample(3, rng)
+        assert len({task.program for task in drawn}) == 3
+        for task in drawn:
+            counts[task.program] = counts.get(task.program, 0) + 1
+    assert min(counts.values()) > 500 and max(counts.values()) < 700
+    assert len(buffer.sample(99, rng)) == 10
+
+
+def test_tasks_survive_a_file_and_a_truncated_one_names_its_line(tmp_path):
+    tasks = [kind.zero() for kind in KINDS.values()]
+    save_tasks(tmp_path / "tasks.jsonl", tasks)
+    assert load_tasks(tmp_path / "tasks.jsonl", KINDS) == tasks
+    text = (tmp_path / "tasks.jsonl").read_text()
+    (tmp_path / "tasks.jsonl").write_text(text[:-20])
+    with pytest.raises(ValueError, match=r"tasks\.jsonl, line 3"):
+        load_tasks(tmp_path / "tasks.jsonl", KINDS)
+
+
+def test_a_full_buffer_comes_back_from_the_file_of_all_that_ever_entered(tmp_path):
+    buffer, rng, entered = Buffer(20), random.Random(4), []
+    for step in range(300):  # programs come again, some while they are still in the ring and some after they left it
+        task = numbered(rng.randrange(40), step)
+        if buffer.add(task):
+            entered.append(task)
+    save_tasks(tmp_path / "entered.jsonl", entered)
+    again = load_buffer(tmp_path / "entered.jsonl", 20, KINDS["deduction"])
+    assert len(entered) > 60 and list(again.tasks.items()) == list(buffer.tasks.items())
+    draws = [[held.sample(4, random.Random(seed)) for seed in range(9)] for held in (buffer, again)]
+    assert draws[0] == draws[1]
+    buffer.add(numbered(99, 300))
+    assert buffer[19].step == 300 and buffer[0] is next(iter(buffer))  # the list of all was made anew
