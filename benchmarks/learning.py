@@ -26,8 +26,9 @@ from statistics import mean, stdev
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from buffers import KINDS, Task, load_tasks  # noqa: E402
+from buffers import Task, load_tasks  # noqa: E402
 from harness.plots import svg_plot  # noqa: E402
+from prompts import KINDS  # noqa: E402
 
 CONDITIONS = {
     "self-play": [],
@@ -47,12 +48,12 @@ def measure(model: str, tasks_file: Path, out: Path) -> None:
     """Write one row per mode and held-out task: correct, reasons first, and the truth of each step it wrote."""
     import torch
 
-    import prompts
     from executor import Executor
     from policy import rollout
+    from policy.dialogue import split_response, wrap
 
     torch.set_num_threads(1)
-    tasks = load_tasks(tasks_file)
+    tasks = load_tasks(tasks_file, KINDS)
     policy, tokenizer = rollout.load_policy(model, "cpu", "float32")
     engine = rollout.make_engine(
         "transformers", model, policy, tokenizer, dtype="float32", max_model_len=1024, token_budget=65536
@@ -60,12 +61,12 @@ def measure(model: str, tasks_file: Path, out: Path) -> None:
     rows = []
     with Executor() as executor:
         for mode, (prefix, temperature) in MODES.items():
-            texts = [prompts.wrap(prompts.solve_prompt(task), tokenizer) + prefix for task in tasks]
+            texts = [wrap(KINDS[task.kind].solve(task), tokenizer) + prefix for task in tasks]
             encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
             found = engine.generate(encoded, max_new_tokens=160, temperature=temperature, seed=0)
             texts = [prefix + tokenizer.decode(item[0].token_ids, skip_special_tokens=True) for item in found]
-            parts = [prompts.split_response(text) for text in texts]
-            answers = [prompts.parse_answer(task.kind, part.answer) for task, part in zip(tasks, parts, strict=True)]
+            parts = [split_response(text) for text in texts]
+            answers = [KINDS[task.kind].parse_answer(part.answer) for task, part in zip(tasks, parts, strict=True)]
             correct = judge(executor, tasks, answers)
             for task, part, right in zip(tasks, parts, correct, strict=True):
                 row = {"mode": mode, "id": task.id, "kind": task.kind, "depth": task.depth, "correct": right}
@@ -77,16 +78,9 @@ def measure(model: str, tasks_file: Path, out: Path) -> None:
 
 def judge(executor, tasks: list[Task], answers: list[str | None]) -> list[bool]:
     right = [False] * len(tasks)
-    for kind in KINDS:
-        chosen = [i for i, task in enumerate(tasks) if task.kind == kind and answers[i] is not None]
-        if kind == "deduction":
-            found = executor.verify_deduction([(tasks[i].outputs[0], answers[i]) for i in chosen])
-        elif kind == "abduction":
-            found = executor.verify_abduction([(tasks[i].program, tasks[i].outputs[0], answers[i]) for i in chosen])
-        else:
-            found = executor.verify_induction(
-                [(answers[i], tasks[i].hidden_inputs, tasks[i].hidden_outputs) for i in chosen]
-            )
+    for name, kind in KINDS.items():
+        chosen = [i for i, task in enumerate(tasks) if task.kind == name and answers[i] is not None]
+        found = kind.verify(executor, [(tasks[i], answers[i]) for i in chosen])
         for i, judgement in zip(chosen, found, strict=True):
             right[i] = judgement.correct
     return right

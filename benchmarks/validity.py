@@ -26,7 +26,7 @@ def main() -> None:
     ours, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         config, _ = parse([*rest, "--out", f"{folder}/run"])
-        run = start(config, None)
+        run = azr.Run(**start(config, None))
         with run.executor:
             azr.seed_buffers(run)
             proposals = []
