@@ -1,0 +1,34 @@
+"""The pages that name places in the code name places that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACES = re.findall(r"`([\w/]+\.py): ([\w.]+)`", (ROOT / "docs/questions.md").read_text(encoding="utf-8"))
+
+
+def names(path: Path) -> set[str]:
+    """Top-level functions, classes and constants of a module, and Class.method."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            found |= {f"{node.name}.{item.name}" for item in getattr(node, "body", []) if hasattr(item, "name")}
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            if isinstance(target, ast.Name):
+                found.add(target.id)
+    return found
+
+
+def test_there_are_twenty_questions():
+    text = (ROOT / "docs/questions.md").read_text(encoding="utf-8")
+    assert re.findall(r"^(\d+)\. \*\*", text, re.MULTILINE) == [str(n) for n in range(1, 21)]
+    assert len(PLACES) >= 20
+
+
+@pytest.mark.parametrize("file, name", sorted(set(PLACES)))
+def test_every_place_exists(file, name):
+    assert name in names(ROOT / file)
