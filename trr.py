@@ -8,21 +8,19 @@ What it does, in the order of the file:
     proposer_reward, solver_reward    text -> number is decided elsewhere; here only the reward table
     whiten                            rewards -> advantages, one mean and one deviation per (task type, role) cell
     objective                         the clipped loss, the engine/policy correction and the entropy bonus
-    micro_batches ... update          samples -> token-budget micro-batches -> one AdamW step
+    micro_batches ... update          samples -> micro-batches, smaller ones if memory runs out -> one AdamW step
 
 What it deliberately leaves out: a KL term and a reference model (the paper has none), a critic, GAE (the reward sits on
 the last token and nothing is discounted), the optimizer (`optimizer.py`), several cards.
 
 Usage:
-    from policy.optimizer import MasterAdamW
-
-    optimizer = MasterAdamW(policy)
     advantages = whiten(rewards, cells, lengths)
     samples = [Sample(prompt_ids, response_ids, float(a)) for ..., a in zip(..., advantages)]
-    result = update(policy, optimizer, samples, lr=1e-6)
+    result = update(policy, MasterAdamW(policy), samples, lr=1e-6)  # policy/optimizer.py
 """
 
 import math
+import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,10 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from policy.logprobs import token_logprobs
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rewards
+from policy.logprobs import ran_out_of_memory, token_logprobs
 
 
 def proposer_reward(valid: bool, formatted: bool, solve_rate: float | None, zero_reward: float = 0.0) -> float:
@@ -58,16 +53,8 @@ def solver_reward(formatted: bool, correct: bool) -> float:
     return 1.0 if correct else -0.5
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# TRR++ advantages
-
-
 def whiten(
-    rewards: Sequence[float] | Tensor,
-    cells: Sequence[Hashable],
-    lengths: Sequence[int] | Tensor,
-    weighting: str = "sequence",
-    eps: float = 1e-8,
+    rewards: Sequence[float] | Tensor, cells: Sequence[Hashable], lengths: Sequence[int] | Tensor, weighting="sequence"
 ) -> Tensor:
     """Task-Relative REINFORCE++ (paper eq. 8): A_i = (R_i - mu_cell) / sigma_cell, one cell per (task type, role).
 
@@ -75,7 +62,7 @@ def whiten(
 
     With w_i = 1 (`weighting="sequence"`, the paper) or w_i = lengths_i (`"token"`, the official code: a long answer
     counts more) and n = sum_i w_i over the cell:
-        mu = sum_i w_i R_i / n        sigma^2 = sum_i w_i (R_i - mu)^2 / (n - 1) + eps        (sample variance)
+        mu = sum_i w_i R_i / n        sigma^2 = sum_i w_i (R_i - mu)^2 / (n - 1) + 1e-8        (sample variance)
     A cell whose rewards are all equal, or that has one row, teaches nothing: its advantages are exactly zero.
     Raises ValueError for rewards that are not finite, empty responses, unequal sizes or an unknown weighting.
     """
@@ -93,16 +80,12 @@ def whiten(
         rows = torch.tensor([i for i, other in enumerate(cells) if other == cell])
         r, w = reward[rows], weight[rows]
         if (r == r[0]).all():
-            continue  # 0/0 in eq. 8; eps alone would amplify rounding noise
+            continue  # 0/0 in eq. 8; the 1e-8 alone would amplify rounding noise
         n = w.sum()
         mean = (w * r).sum() / n
         variance = (w * (r - mean) ** 2).sum() / (n - 1)
-        advantage[rows] = (r - mean) / torch.sqrt(variance + eps)
+        advantage[rows] = (r - mean) / torch.sqrt(variance + 1e-8)
     return advantage
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Loss
 
 
 def objective(
@@ -142,15 +125,11 @@ def objective(
         "clip_high": ((advantage > 0) & (ratio > high)).sum(),
         "entropy": entropy.sum(),
         "mismatch": gap.abs().sum(),
-        "tis": (tis * known).sum(),
+        "tis_mean": (tis * known).sum(),
         "tis_max": (tis * known).max(),
-        "truncated": (gap.exp() > tis).sum(),
+        "tis_truncated": (gap.exp() > tis).sum(),
     }
     return loss, {name: value.detach().float() for name, value in report.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Micro-batches
 
 
 @dataclass(frozen=True)
@@ -188,6 +167,7 @@ def micro_batches(lengths: Sequence[int], token_budget: int, packed: bool) -> li
 class MicroBatch:
     """n response tokens of B rows; every tensor is on the policy's device before the first micro-batch runs."""
 
+    rows: list[int]  # B indices of samples
     tokens: int  # prompt and response tokens, without pads
     input_ids: Tensor  # (B, T), padded on the right; packed: (1, sum of lengths)
     forward_args: dict  # packed: position_ids (1, T) and the row lengths
@@ -195,7 +175,6 @@ class MicroBatch:
     targets: Tensor  # (n,) response tokens
     row: Tensor  # (n,) index of the token's sample
     engine: Tensor  # (n,) engine log-probabilities, NaN where none were given
-    old_logprob: Tensor | None = None  # (n,) only when the batch is used for more than one optimizer step
 
 
 def collate(samples: Sequence[Sample], rows: Sequence[int], packed: bool, device: torch.device) -> MicroBatch:
@@ -216,17 +195,11 @@ def collate(samples: Sequence[Sample], rows: Sequence[int], packed: bool, device
     def send(tensor: Tensor) -> Tensor:  # pinned copies do not make the host wait for the card
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    forward_args = {}
-    if packed:
-        forward_args = {"position_ids": send(torch.cat([torch.arange(n) for n in lengths])[None]), "segments": lengths}
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    forward_args = {"position_ids": send(positions), "segments": lengths} if packed else {}
+    per_token = map(send, (select, ids[select + 1], torch.cat(row), torch.cat(engine)))
     return MicroBatch(
-        tokens=sum(lengths),
-        input_ids=send(ids.view(1 if packed else len(rows), -1)),
-        forward_args=forward_args,
-        select=send(select),
-        targets=send(ids[select + 1]),
-        row=send(torch.cat(row)),
-        engine=send(torch.cat(engine)),
+        list(rows), sum(lengths), send(ids.view(1 if packed else len(rows), -1)), forward_args, *per_token
     )
 
 
@@ -282,25 +255,21 @@ def response_logprobs(
     return token_logprobs(hidden, head.weight, batch.targets, getattr(head, "bias", None), chunk, entropy_grad)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Update
-
-
-@dataclass
+@dataclass(kw_only=True)
 class UpdateResult:
     """What one call of `update` did; means are over trained response tokens, None where nothing was measured."""
 
-    loss: float  # near 0 at ratio 1 with centred advantages: the gradient is what matters
-    ratio: float  # mean pi / pi_old, exactly 1 with one optimizer step per batch
-    clip_low: float  # shares of tokens whose gradient was cut at 1 - clip_low and at 1 + clip_high
-    clip_high: float
-    entropy: float | None  # nats per token
+    loss: float = 0.0  # near 0 at ratio 1 with centred advantages: the gradient is what matters
+    ratio: float = 1.0  # mean pi / pi_old, exactly 1 with one optimizer step per batch
+    clip_low: float = 0.0  # shares of tokens whose gradient was cut at 1 - clip_low and at 1 + clip_high
+    clip_high: float = 0.0
+    entropy: float | None = None  # nats per token
     row_entropy: list[float | None]  # one per sample, None for rows that were skipped
     grad_norm: float  # before clipping; mean over optimizer steps
-    mismatch: float | None  # mean |engine logprob - policy logprob|
-    tis_mean: float | None  # truncated importance weight: mean, largest, share at the cap
-    tis_max: float | None
-    tis_truncated: float | None
+    mismatch: float | None = None  # mean |engine logprob - policy logprob|
+    tis_mean: float | None = None  # truncated importance weight: mean, largest, share at the cap
+    tis_max: float | None = None
+    tis_truncated: float | None = None
     tokens: int  # response tokens in the normaliser
     trained_tokens: int  # prompt and response tokens that went through the policy
     trained_rows: int
@@ -314,28 +283,25 @@ def update(
     *,
     lr: float,
     token_budget: int = 8192,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    entropy_coef: float = 0.0,
-    tis_cap: float | None = None,
     loss_mean: str = "token",
     grad_clip: float = 1.0,
     minibatches: int = 1,
     packed: bool | None = None,
     chunk: int = 512,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+    **options: float | None,
 ) -> UpdateResult:
-    """Maximise the paper's objective (eq. 9, plus `entropy_coef` x entropy) on one batch of rollouts.
+    """Maximise the paper's objective (eq. 9) on one batch of rollouts; `options` are those of `objective`.
 
-    `optimizer.step(lr, grad_clip)` must apply and clear the gradients and return their norm (see optimizer.py).
+    `optimizer.step(lr, grad_clip)` must apply and clear the gradients and return their norm, `.clear()` forget them.
     `loss_mean="token"` (default) weighs every response token of the batch alike: a per-sequence mean ("sequence", the
-    letter of eq. 9) makes each token of a long wrong answer cheap, which rewards rambling. Either way the normaliser is
-    taken over the whole batch before it is cut, so the gradient does not depend on the micro-batches.
-    Rows with zero advantage are counted there but not computed (unless the entropy bonus needs them).
-    Rollouts were sampled at temperature 1. `tis_cap` turns the truncated importance weight on. `packed=None` packs
-    where `can_pack`. `minibatches` = n > 1 takes n optimizer steps, each on every n-th row, with old log-probabilities
-    from a pass before the first; with one step the ratio is 1 by construction and that pass is saved.
-    `progress` receives prompt + response tokens done. A step whose gradient is not finite is dropped.
+    letter of eq. 9) makes each token of a long wrong answer cheap, which rewards rambling. The normaliser is taken over
+    the whole batch before it is cut, so the gradient does not depend on the micro-batches; rows with zero advantage are
+    counted there but not computed (unless the entropy bonus needs them).
+    `minibatches` = n > 1 takes n optimizer steps, each on every n-th row, with old log-probabilities from a pass before
+    the first; with one step the ratio is 1 by construction and that pass is saved. `packed=None` packs if `can_pack`.
+    `progress` receives prompt + response tokens done. A step whose gradient is not finite is dropped; one that runs out
+    of memory begins again with half the token budget, down to one row at a time.
     """
     if loss_mean not in ("token", "sequence"):
         raise ValueError(f"The loss mean must be 'token' or 'sequence', got {loss_mean!r}.")
@@ -346,67 +312,72 @@ def update(
     rescaling = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # gemma2, cohere, granite
     if any(getattr(policy.config, name, None) not in (None, 1.0) for name in rescaling):
         raise ValueError("This model rescales its logits, which `token_logprobs` does not: train another model.")
-    device = policy.device
-    packed = can_pack(policy) if packed is None else packed
+    device, packed = policy.device, can_pack(policy) if packed is None else packed
+    entropy_coef = options.get("entropy_coef", 0.0)
     sizes = [len(s.response_ids) for s in samples]
-    weight = torch.zeros(len(samples))  # (R,) of each token of a row
-    parts: list[list[MicroBatch]] = []  # one list per optimizer step
-    trained: list[int] = []
+    weight, advantage = torch.zeros(len(samples)), torch.tensor([s.advantage for s in samples], device=device)
+    parts: list[list[int]] = []  # rows of each optimizer step
     for part in (range(k, len(samples), minibatches) for k in range(minibatches)):
         size = sum(sizes[i] for i in part)
-        for i in part:
+        for i in part:  # of each token of row i
             weight[i] = 1 / (size if loss_mean == "token" else len(part) * sizes[i])
-        rows = [i for i in part if samples[i].advantage != 0.0 or entropy_coef]
-        groups = micro_batches([len(samples[i]) for i in rows], token_budget, packed)
-        parts.append([collate(samples, [rows[k] for k in group], packed, device) for group in groups])
-        trained += rows
-    weight, advantage = weight.to(device), torch.tensor([s.advantage for s in samples], device=device)
-    row_entropy = torch.zeros(len(samples), device=device)
+        parts.append([i for i in part if samples[i].advantage != 0.0 or entropy_coef])
+    weight, row_entropy = weight.to(device), torch.zeros(len(samples), device=device)
+    old_logprob: dict[int, Tensor] = {}  # of each row, only for several optimizer steps
     reports, norms = [], []
-    options = {"clip_low": clip_low, "clip_high": clip_high, "entropy_coef": entropy_coef, "tis_cap": tis_cap}
+
+    def remember(batch: MicroBatch) -> None:
+        with torch.no_grad():
+            logprob, _ = response_logprobs(policy, batch, chunk)
+        old_logprob.update(zip(batch.rows, logprob.split([sizes[i] for i in batch.rows]), strict=True))
+
+    def accumulate(batch: MicroBatch) -> dict[str, Tensor]:  # nothing here waits for the card
+        logprob, entropy = response_logprobs(policy, batch, chunk, entropy_coef != 0)
+        old = torch.cat([old_logprob[i] for i in batch.rows]) if old_logprob else logprob.detach()
+        tokens = (logprob, entropy, old, batch.engine, advantage[batch.row], weight[batch.row])
+        loss, report = objective(*tokens, **options)
+        loss.backward()
+        row_entropy.index_fill_(0, batch.row, 0.0).index_add_(0, batch.row, entropy.detach())
+        progress(batch.tokens)
+        return report
+
+    def each(work: Callable, rows: list[int]) -> list:
+        """work(micro-batch) for all rows, from the start again with half the budget where memory runs out."""
+        nonlocal token_budget
+        while True:
+            try:
+                groups = micro_batches([len(samples[i]) for i in rows], token_budget, packed)
+                batches = [collate(samples, [rows[k] for k in group], packed, device) for group in groups]
+                return [work(batch) for batch in batches]
+            except RuntimeError as error:
+                if not ran_out_of_memory(error) or token_budget <= max(len(samples[i]) for i in rows):
+                    raise
+            optimizer.clear()
+            token_budget //= 2
+            print(f"the update ran out of memory: again with {token_budget} tokens per micro-batch", file=sys.stderr)
+
     with _training(policy, packed):
-        if minibatches > 1:
-            with torch.no_grad():
-                for batch in (b for part in parts for b in part):
-                    batch.old_logprob, _ = response_logprobs(policy, batch, chunk)
-        for part in parts:
-            for batch in part:  # nothing in this loop waits for the card
-                logprob, entropy = response_logprobs(policy, batch, chunk, entropy_coef != 0)
-                old = logprob.detach() if batch.old_logprob is None else batch.old_logprob
-                tokens = (logprob, entropy, old, batch.engine, advantage[batch.row], weight[batch.row])
-                loss, report = objective(*tokens, **options)
-                loss.backward()
-                reports.append(report)
-                row_entropy.index_add_(0, batch.row, entropy.detach())
-                if progress is not None:
-                    progress(batch.tokens)
-            if part:
-                norms.append(optimizer.step(lr, grad_clip))
+        for rows in parts if minibatches > 1 else ():
+            each(remember, rows)
+        for rows in filter(None, parts):
+            reports += each(accumulate, rows)
+            norms.append(optimizer.step(lr, grad_clip))
 
-    count = sum(sizes[i] for i in trained)
-    known = sum(sizes[i] for i in trained if samples[i].engine_logprobs is not None)
-    total = {name: torch.stack([r[name] for r in reports]) for name in (reports[0] if reports else ())}
-    total = {name: float(each.max() if name == "tis_max" else each.sum()) for name, each in total.items()}
-
-    def mean(name: str, over: int) -> float | None:
-        return total[name] / over if over else None
-
+    trained = [i for part in parts for i in part]
+    count, known = (sum(sizes[i] for i in trained if every or samples[i].engine_logprobs) for every in (True, False))
+    over = dict.fromkeys(("ratio", "clip_low", "clip_high", "entropy"), count)
+    over |= {"mismatch": known, "loss": minibatches if reports else 0}
+    if options.get("tis_cap") is not None:
+        over |= {"tis_mean": known, "tis_truncated": known, "tis_max": min(known, 1)}
+    total = {name: torch.stack([report[name] for report in reports]) for name, n in over.items() if n}
+    means = {name: float(t.max() if name == "tis_max" else t.sum()) / over[name] for name, t in total.items()}
     entropies, computed = row_entropy.tolist(), set(trained)
-    corrected = known if tis_cap is not None else 0
     return UpdateResult(
-        loss=total.get("loss", 0.0) / minibatches,
-        ratio=mean("ratio", count) or 1.0,
-        clip_low=mean("clip_low", count) or 0.0,
-        clip_high=mean("clip_high", count) or 0.0,
-        entropy=mean("entropy", count),
+        **means,
         row_entropy=[entropies[i] / sizes[i] if i in computed else None for i in range(len(samples))],
         grad_norm=sum(norms) / len(norms) if norms else 0.0,
-        mismatch=mean("mismatch", known),
-        tis_mean=mean("tis", corrected),
-        tis_max=total["tis_max"] if corrected else None,
-        tis_truncated=mean("truncated", corrected),
         tokens=sum(sizes),
-        trained_tokens=sum(batch.tokens for part in parts for batch in part),
+        trained_tokens=sum(len(samples[i]) for i in trained),
         trained_rows=len(trained),
         steps=sum(math.isfinite(norm) for norm in norms),
     )

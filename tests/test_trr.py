@@ -319,8 +319,8 @@ def test_truncated_importance_weight_scales_the_gradient_and_is_capped():
     )
     loss.backward()
     torch.testing.assert_close(logprob.grad, -torch.tensor([1.0, 1.25, 2.0, 0.5]))
-    assert float(report["truncated"]) == 1.0 and float(report["tis_max"]) == 2.0
-    assert float(report["tis"]) == pytest.approx(1.25 + 2.0 + 0.5)
+    assert float(report["tis_truncated"]) == 1.0 and float(report["tis_max"]) == 2.0
+    assert float(report["tis_mean"]) == pytest.approx(1.25 + 2.0 + 0.5)
 
 
 @pytest.mark.parametrize("loss_mean", ["token", "sequence"])
@@ -484,6 +484,74 @@ def test_several_optimizer_steps_move_the_ratio_and_clip():
     assert result.clip_low > 0 or result.clip_high > 0
 
 
+class Refusing:
+    """An allocator that refuses `times` times: a forward pass raises as torch does, in the middle of a batch."""
+
+    def __init__(self, policy, error: Exception, after: int, times: int = 1):
+        self.error, self.after, self.times, self.calls = error, after, times, 0
+        self.forward = policy.model.norm.forward
+        policy.model.norm.forward = self
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        if self.calls > self.after and self.times:
+            self.times -= 1
+            raise self.error
+        return self.forward(*arguments)
+
+
+HOST_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), HOST_ERROR])
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_an_update_that_runs_out_of_memory_goes_on_with_half_the_budget(dtype, error, minibatches, capsys):
+    samples, results, policies, seen = some_samples(rows=12), [], [], []
+    for budget in (120, 60):
+        policy = tiny_policy(dtype=dtype)
+        optimizer = MasterAdamW(policy)
+        if budget == 120:  # the second micro-batch of the first pass: gradients of the first are there already
+            refusing = Refusing(policy, error, after=1)
+        options = {"lr": 1e-2, "token_budget": budget, "minibatches": minibatches, "entropy_coef": 0.01}
+        results.append(update(policy, optimizer, samples, **options, progress=seen.append))
+        policies.append(policy)
+    assert refusing.times == 0 and not optimizer.sums
+    assert results[0] == results[1] and results[0].steps == minibatches
+    assert all(torch.equal(a, b) for a, b in zip(policies[0].parameters(), policies[1].parameters(), strict=True))
+    assert capsys.readouterr().err == "the update ran out of memory: again with 60 tokens per micro-batch\n"
+
+
+def test_gradients_of_a_failed_backward_pass_are_forgotten(monkeypatch):
+    samples, sums = some_samples(rows=12), []
+    for refuse in (True, False):
+        policy, refusals = tiny_policy(), [refuse]
+
+        def hook(gradient, refusals=refusals):
+            if refusals[0]:
+                refusals[0] = False
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        policy.model.layers[0].mlp.up_proj.weight.register_hook(hook)  # the last layer has its gradients by then
+        keeper = KeepGradients(policy)
+        keeper.clear = policy.zero_grad
+        update(policy, keeper, samples, lr=0.0, token_budget=120 if refuse else 60)
+        sums.append(keeper.grads)
+    assert all(torch.equal(sums[0][n], sums[1][n]) for n in sums[0])
+
+
+def test_a_row_that_does_not_fit_alone_raises(capsys):
+    policy, samples = tiny_policy(), some_samples(rows=12)
+    longest = max(map(len, samples))
+    Refusing(policy, torch.OutOfMemoryError("CUDA out of memory"), after=0, times=99)
+    with pytest.raises(torch.OutOfMemoryError):
+        update(policy, MasterAdamW(policy), samples, lr=0.0, token_budget=4 * longest)
+    assert capsys.readouterr().err.count("\n") == 2  # with 2 and with 1 times the longest row
+    with pytest.raises(RuntimeError, match="something else"):
+        Refusing(policy, RuntimeError("something else"), after=0)
+        update(policy, MasterAdamW(policy), samples, lr=0.0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer
 
@@ -492,7 +560,7 @@ def test_several_optimizer_steps_move_the_ratio_and_clip():
 def test_master_adamw_equals_torch_adamw(offload):
     policy = tiny_policy()
     reference = copy.deepcopy(policy)
-    ours = MasterAdamW(policy, offload=offload, piece=100)
+    ours = MasterAdamW(policy, offload=offload)
     theirs = torch.optim.AdamW(reference.parameters(), lr=3e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     ids = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
     for _ in range(4):

@@ -1,0 +1,35 @@
+"""How long a step takes, roughly: the arithmetic and memory traffic of a decoder against a device's data sheet.
+
+An estimate for orientation, not a measurement; Python, the executor and the uneven end of a batch are not counted.
+"""
+
+import torch
+from transformers import AutoModelForCausalLM
+
+# Dense bf16 TFLOP/s and memory GB/s from the vendors' data sheets; for a CPU: two cores, fp32, as a guess.
+DEVICES = {"H200": (989, 4800), "H100": (989, 3350), "A100": (312, 2039), "4090": (165, 1008), "cpu": (0.1, 20)}
+MFU, SERVED, HOST = 0.4, 0.32, 50e9  # shares of arithmetic and of memory traffic reached; bytes/s of host memory
+
+
+def shape(config) -> tuple[int, int, int]:
+    """(parameters, width of all queries, width of all keys) of a decoder of the Hugging Face kind."""
+    with torch.device("meta"):  # a model that takes no memory
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return parameters, heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
+
+
+def estimate_seconds(config, plan, device: str, sequences: int, trained: int, prompt: int, response: int) -> dict:
+    """Seconds by phase. `sequences` are generated and `trained` of them updated on; mean lengths in tokens."""
+    (count, _, kv), (tflops, traffic) = shape(config), DEVICES[device]
+    live, width = min(plan.max_num_seqs, sequences), 4 if device == "cpu" else 2
+    read = width * (count + live * (prompt + response / 2) * 2 * config.num_hidden_layers * kv)  # for one token of each
+    flops = 2 * count  # per token; an update takes three times as much, four with gradient checkpointing
+    decode = max(read / (SERVED * traffic * 1e9), live * flops / (SERVED * tflops * 1e12)) / live
+    update = (4 if plan.gradient_checkpointing else 3) * flops / (MFU * tflops * 1e12)
+    step = 28 * count / (HOST if plan.offload_optimizer else traffic * 1e9)  # each number of the optimizer once
+    return {
+        "generate": sequences * response * decode,
+        "update": trained * (prompt + response) * update + step,
+    }
