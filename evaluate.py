@@ -337,18 +337,18 @@ def open_engine(args, items: int):
     """Model, tokenizer and engine of the command line; under vLLM the weights wait on the CPU until they are pushed."""
     import torch
 
-    from policy import rollout
+    from policy.load import choose_engine, load_policy, make_engine
 
-    args.engine = rollout.choose_engine(args.engine)
+    args.engine = choose_engine(args.engine)
     on_gpu = torch.cuda.is_available()
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    policy, tokenizer = rollout.load_policy(args.model, "cuda" if on_gpu and args.engine != "vllm" else "cpu", dtype)
+    policy, tokenizer = load_policy(args.model, "cuda" if on_gpu and args.engine != "vllm" else "cpu", dtype)
     weights = sum(p.numel() * p.element_size() for p in policy.parameters())
     cache = int(0.9 * torch.cuda.mem_get_info()[0] - 1.3 * weights - (6 << 30)) if on_gpu else 2 << 30
     length = min(args.max_model_len, getattr(policy.config, "max_position_embeddings", args.max_model_len))
-    engine = rollout.make_engine(
-        args.engine, args.model, policy, tokenizer, dtype=dtype, max_model_len=length,
-        max_num_seqs=256 if on_gpu else 64, kv_cache_bytes=max(cache, 1 << 28), seed=args.seed,
+    engine = make_engine(
+        args.engine, args.model, policy, tokenizer, max_model_len=length,
+        max_num_seqs=256 if on_gpu else 64, kv_cache_bytes=max(cache, 1 << 28)
     )  # fmt: skip
     print(f"engine {engine.name} on {engine.device}, {engine.dtype}, at most {length} tokens per prompt and response")
     return engine, tokenizer

@@ -28,6 +28,7 @@ from buffers import Buffer, Task, save_tasks
 from executor import Executor
 from harness.config import TINY_MODEL, Config, parse, presets_table
 from policy.dialogue import split_response
+from policy.transformers_engine import TransformersEngine
 from prompts import KINDS
 
 HERE = Path(__file__).resolve().parent
@@ -498,7 +499,7 @@ def test_out_of_memory_names_the_flag_to_lower_and_leaves_the_checkpoint(
     """The error is the allocator's own, raised in the middle of a step."""
     shutil.copytree(whole_run, tmp_path / "r", symlinks=True)
     with monkeypatch.context() as patch:
-        where = azr.trr if place == "update" else azr.rollout.TransformersEngine
+        where = azr.trr if place == "update" else TransformersEngine
         patch.setattr(where, place, lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
         assert azr.main(["--resume", str(tmp_path / "r"), "--steps", "4"]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -508,16 +509,16 @@ def test_out_of_memory_names_the_flag_to_lower_and_leaves_the_checkpoint(
 
 
 def test_out_of_memory_while_loading_is_one_sentence(tmp_path, capsys, monkeypatch):
-    loader = "policy.rollout.AutoModelForCausalLM.from_pretrained"
+    loader = "policy.load.AutoModelForCausalLM.from_pretrained"
     monkeypatch.setattr(loader, lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
     assert azr.main(["--out", str(tmp_path / "r")]) == 2
     assert "choose a smaller --model" in capsys.readouterr().err
 
 
 def test_the_paper_spelling_of_a_model_is_understood():
-    from policy import rollout
+    from policy.load import resolve_model
 
-    assert rollout.resolve_model("Qwen/Qwen2.5-3B-Coder") == "Qwen/Qwen2.5-Coder-3B"
+    assert resolve_model("Qwen/Qwen2.5-3B-Coder") == "Qwen/Qwen2.5-Coder-3B"
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path):

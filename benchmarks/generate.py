@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from policy.rollout import TransformersEngine
+from policy.transformers_engine import TransformersEngine
 
 VOCABULARY, ENDS = 400, list(range(10))
 
@@ -75,7 +75,7 @@ def main() -> None:
         ).tolist()
         for _ in range(options.rows // options.samples)
     ]
-    engine = TransformersEngine(policy, tokenizer, dtype="float32", max_model_len=512, token_budget=32768)
+    engine = TransformersEngine(policy, tokenizer, max_model_len=512, token_budget=32768)
     batch_rows = engine.token_budget // (80 + options.new_tokens)
     repeated = [prompt for prompt in prompts for _ in range(options.samples)]
 

@@ -49,14 +49,14 @@ def measure(model: str, tasks_file: Path, out: Path) -> None:
     import torch
 
     from executor import Executor
-    from policy import rollout
     from policy.dialogue import split_response, wrap
+    from policy.load import load_policy, make_engine
 
     torch.set_num_threads(1)
     tasks = load_tasks(tasks_file, KINDS)
-    policy, tokenizer = rollout.load_policy(model, "cpu", "float32")
-    engine = rollout.make_engine(
-        "transformers", model, policy, tokenizer, dtype="float32", max_model_len=1024, token_budget=65536
+    policy, tokenizer = load_policy(model, "cpu", "float32")
+    engine = make_engine(
+        "transformers", model, policy, tokenizer, max_model_len=1024, token_budget=65536
     )
     rows = []
     with Executor() as executor:

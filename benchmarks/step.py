@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from executor import Executor
 from harness.start import held_bytes
 from policy import memory
+from policy.load import choose_engine, load_config, load_policy, make_engine
 from policy.optimizer import MasterAdamW
-from policy.rollout import choose_engine, load_config, load_policy, make_engine
+from policy.speed import DEVICES, shape
 from trr import Sample, update
 
 QWEN = dict(vocab_size=151936, num_key_value_heads=2, max_position_embeddings=32768, rope_theta=1e6)
@@ -110,10 +111,12 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
 
 def useful_flops(config, samples: list[Sample]) -> float:
     """Arithmetic of forward and backward that no implementation can avoid: 6 per weight and token, and attention."""
-    s = memory.shape(config)
-    table = s["vocab"] * s["hidden"]
-    body = memory.count_parameters(config) - (1 if config.tie_word_embeddings else 2) * table
-    attention = sum(6 * s["layers"] * s["q"] * len(sample) ** 2 for sample in samples)  # causal: half of 12 L q T^2
+    parameters, width, _ = shape(config)
+    table = config.vocab_size * config.hidden_size
+    body = parameters - (1 if config.tie_word_embeddings else 2) * table
+    attention = sum(
+        6 * config.num_hidden_layers * width * len(sample) ** 2 for sample in samples
+    )  # causal: half of 12 L q T^2
     head = 6 * table * sum(len(sample.response_ids) for sample in samples)
     return 6 * body * sum(map(len, samples)) + head + attention
 
@@ -216,13 +219,13 @@ def main() -> None:
     plan = memory.plan(
         config,
         card_bytes=card,
-        free_host_bytes=host,
+        host_bytes=host,
         max_len=options.prompt + options.response,
         sequences=rollouts,
         engine=choose_engine(options.engine),
         width=4 if dtype == "float32" else 2,
         max_prompt=options.prompt,
-        overrides={"token_budget": options.token_budget},
+        token_budget=options.token_budget,
     )
     print(plan.describe(), flush=True)
     if options.model and not options.random_init:
@@ -242,7 +245,6 @@ def main() -> None:
         path,
         policy,
         tokenizer,
-        dtype=dtype,
         max_model_len=options.prompt + options.response,
         max_num_seqs=plan.max_num_seqs,
         kv_cache_bytes=plan.kv_cache_bytes,
@@ -269,7 +271,7 @@ def main() -> None:
         "sync": median["sync"],
     }
     known = next(
-        (sheet for name, sheet in memory.DEVICES.items() if device == "cuda" and name in torch.cuda.get_device_name()),
+        (sheet for name, sheet in DEVICES.items() if device == "cuda" and name in torch.cuda.get_device_name()),
         None,
     )
     record = {
@@ -285,7 +287,7 @@ def main() -> None:
             "measured": round((max(run["held"] for run in runs) - ballast.nbytes) / memory.GB, 2),
         },
         "paper_step_s": {name: round(value, 1) for name, value in {**paper, "sum": sum(paper.values())}.items()},
-        "parameters": memory.count_parameters(config),
+        "parameters": shape(config)[0],
         "engine": engine.name,
         "plan": {
             name: getattr(plan, name)

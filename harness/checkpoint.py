@@ -29,7 +29,8 @@ import torch
 from safetensors import SafetensorError
 
 from buffers import KINDS, Buffer, load_buffer
-from policy.engine import first_line, ran_out_of_memory
+from policy.engine import first_line
+from policy.logprobs import ran_out_of_memory
 
 LOGS = ("metrics.jsonl", "timing.jsonl", "tasks.jsonl", "rollouts.jsonl", "flagged.jsonl")
 LOGS += tuple(f"buffers/{kind}.jsonl" for kind in KINDS)

@@ -32,9 +32,12 @@ from executor import Executor
 from harness import checkpoint
 from harness import metrics as health
 from harness.config import Config
-from policy import memory, rollout
-from policy.engine import ran_out_of_memory
+from policy import memory
+from policy.engine import Completion, Engine
+from policy.load import choose_engine, load_config, load_policy, make_engine
+from policy.logprobs import ran_out_of_memory
 from policy.optimizer import MasterAdamW
+from policy.speed import DEVICES, estimate_seconds
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Rollout:
     references: list[Task] = field(default_factory=list)  # propose: what the proposer was shown
     count: int = 1  # how many responses to sample
     trains: bool = True  # False: it only measures learnability
-    completion: rollout.Completion | None = None
+    completion: Completion | None = None
     response: str = ""
     parts: prompts.Parts | None = None
     verdict: str = ""  # "ok", an executor verdict, or why the proposal could not be parsed
@@ -74,7 +77,7 @@ class Run:
     folder: Path
     policy: torch.nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
-    engine: rollout.VllmEngine | rollout.TransformersEngine
+    engine: Engine
     optimizer: MasterAdamW
     executor: Executor
     plan: memory.Plan
@@ -144,22 +147,22 @@ def describe(config: Config) -> memory.Plan:
     """Print which engine, device and type a run uses, how many rollouts a step makes, and what memory and time to
     expect. Returns the memory plan. Raises ValueError for a model that cannot be had or does not fit."""
     device, dtype = place(config)
-    engine, hf_config = rollout.choose_engine(config.engine), rollout.load_config(config.model)
+    engine, hf_config = choose_engine(config.engine), load_config(config.model)
     given = config.memory * memory.GB
     card = (given or torch.cuda.mem_get_info()[1]) if device == "cuda" else None
     host = given if given and device == "cpu" else free_host_bytes()
     cells = len(config.kinds) * config.batch
-    overrides = {"token_budget": config.token_budget or None}
     plan = memory.plan(
         hf_config,
         card_bytes=card,
-        free_host_bytes=host,
+        host_bytes=host,
         max_len=config.max_prompt + config.max_response,
         sequences=cells * (config.rollouts + 1),
         engine=engine,
         width=4 if dtype == "float32" else 2,
         max_prompt=config.max_prompt,
-        overrides=overrides | ({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
+        token_budget=config.token_budget or None,
+        checkpointing=config.gradient_checkpointing,
     )
     print(
         f"model {config.model} | engine {engine} | device {device} | {dtype}\n"
@@ -170,20 +173,19 @@ def describe(config: Config) -> memory.Plan:
     disk = plan.parameters * (14 if dtype == "bfloat16" else 12) / memory.GB  # weights, masters, two moments
     print(f"a checkpoint, every {config.save_every} steps: {disk:.3g} GB on disk, twice that while the next is written")
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    known = next((key for key in memory.DEVICES if key in name), None)
+    known = next((key for key in DEVICES if key in name), None)
     if known:
         length = config.max_response // 4  # what models write on average is known only later; a quarter is a guess
-        seconds = memory.estimate_seconds(
+        seconds = estimate_seconds(
             hf_config,
             plan,
             known,
-            prompts=3 * cells,
             sequences=cells * (config.rollouts + 2),
             trained=cells * (2 + config.rollouts * config.reuse_measurement_rollouts),
-            prompt_tokens=config.max_prompt // 4,
-            response_tokens=length,
+            prompt=config.max_prompt // 4,
+            response=length,
         )
-        print(f"rough estimate at {length} tokens a response: {seconds['step']:.0f} s a step on {known}")
+        print(f"rough estimate at {length} tokens a response: {sum(seconds.values()):.0f} s a step on {known}")
     return plan
 
 
@@ -245,25 +247,23 @@ def start(config: Config, resume: str | None) -> Run:
     if not resume and folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another --out, or --resume {folder}")
     saved = checkpoint.find(folder) if resume else None
-    policy, tokenizer = rollout.load_policy(str(saved or config.model), device, dtype)
+    policy, tokenizer = load_policy(str(saved or config.model), device, dtype)
     if config.template == "chat":
         try_chat_template(config.model, tokenizer)
     if plan.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     optimizer = MasterAdamW(policy, weight_decay=config.weight_decay, offload=plan.offload_optimizer)
     try:
-        engine = rollout.make_engine(
+        engine = make_engine(
             plan.engine,
             config.model,
             policy,
             tokenizer,
-            dtype=dtype,
             max_model_len=config.max_prompt + config.max_response,
             max_num_seqs=plan.max_num_seqs,
             kv_cache_bytes=plan.kv_cache_bytes,
             sleep=plan.sleep,
             token_budget=plan.generation_budget,
-            seed=config.seed,
         )
     except RuntimeError as error:  # vLLM was asked for and cannot be had
         if ran_out_of_memory(error):

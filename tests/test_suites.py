@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 from buffers import Task, save_tasks
-from policy import rollout
+from policy.load import load_policy, make_engine
 from suites import compare as comparison
 from suites import judge_code as scoring_code
 from suites import scoring
@@ -461,8 +461,8 @@ def test_samples_file_that_misses_tasks(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = build_model(tmp_path_factory.mktemp("model"))
-    policy, tokenizer = rollout.load_policy(str(folder), "cpu", "float32")
-    engine = rollout.make_engine("transformers", str(folder), policy, tokenizer, dtype="float32", max_model_len=2048)
+    policy, tokenizer = load_policy(str(folder), "cpu", "float32")
+    engine = make_engine("transformers", str(folder), policy, tokenizer, max_model_len=2048)
     return folder, engine, tokenizer
 
 
