@@ -103,11 +103,9 @@ def save(run, name: str) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         if ran_out_of_memory(error):
             raise
-        free = shutil.disk_usage(run.folder).free / 1e9
-        raise OSError(
-            f"could not write the checkpoint to {folder} with {free:.3f} GB free there ({first_line(error)}); "
-            f"free some disk space and --resume {run.folder}"
-        ) from error
+        what = f"could not write the checkpoint to {folder} ({first_line(error)})"
+        free = f"{shutil.disk_usage(run.folder).free / 1e9:.3f} GB are free there"
+        raise OSError(f"{what}; {free}: free more and --resume {run.folder}") from error
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     move_link(run.folder / name, folder.name)
@@ -137,6 +135,7 @@ def load(
     policy's weights were read from RUN/checkpoint already. Raises ValueError naming the broken file and the remedy,
     for a run of other task types, and for one that has more than `steps` steps."""
     folder = run_dir / "checkpoint"
+    anew = f"start a new run from the weights with --model {folder}"
     try:
         # mapped: an offloaded optimizer fills host memory already, and its saved states are as large again
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
@@ -150,10 +149,7 @@ def load(
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
         if ran_out_of_memory(error):
             raise
-        raise ValueError(
-            f"{folder}/trainer.pt cannot be read ({first_line(error)}); "
-            f"start a new run from the weights with --model {folder}"
-        ) from None
+        raise ValueError(f"{folder}/trainer.pt cannot be read ({first_line(error)}); {anew}") from None
     if step > steps:
         raise ValueError(f"{run_dir} has {step} steps already, --steps {steps} is less; raise it")
     if other := [kind for kind in kinds if f"buffers/{kind}.jsonl" not in saved]:
@@ -161,10 +157,8 @@ def load(
     found = log_sizes(run_dir, saved)
     for log, size in saved.items():
         if found[log] < size and (log == "metrics.jsonl" or log.startswith("buffers")):  # the others are not read again
-            raise ValueError(
-                f"{run_dir / log} has {found[log]} of the {size} bytes it had at the checkpoint; restore it, "
-                f"or start a new run from the weights with --model {folder}"
-            )
+            had = f"{run_dir / log} has {found[log]} of the {size} bytes it had at the checkpoint"
+            raise ValueError(f"{had}; restore it, or {anew}")
     for log, size in saved.items():
         if found[log] > size:
             os.truncate(run_dir / log, size)

@@ -41,9 +41,8 @@ class Config:
     engine: str = option("auto", "who generates", choices=("auto", "vllm", "transformers"))
     dtype: str = option("auto", "compute type; auto: bfloat16 on a GPU, float32 on a CPU", "bfloat16",
                         ("auto", "bfloat16", "float32"))  # fmt: skip
-    template: str = option("auto", "around the prompts: plain text, or the tokenizer's chat template; auto: chat where "
-                           "there is one and the model's name says instruct or chat", "plain",
-                           ("auto", "plain", "chat"))  # fmt: skip
+    template: str = option("auto", "plain text or the tokenizer's chat template; auto: chat where there is one and the "
+                           "model's name says instruct or chat", "plain", ("auto", "plain", "chat"))  # fmt: skip
     memory: int = option(0, "GB to plan for on the card (without GPU: of host memory); 0: what is there")
     # The batch
     steps: int = option(500, "training steps", "500")
@@ -51,9 +50,7 @@ class Config:
     rollouts: int = option(8, "G, attempts that measure the learnability of each valid proposal", "8")
     references: int = option(6, "K, earlier tasks a proposer is shown; 0: none (ablation)", "6")
     inputs: int = option(10, "N, inputs of an induction task; the first half is shown to the solver", "10")
-    tasks: str = option(
-        ",".join(KINDS), "task types, comma separated: names, or files like examples/fault.py", "all three"
-    )
+    tasks: str = option(",".join(KINDS), "task types: names, or files as examples/fault.py (comma)", "all three")
     max_prompt: int = option(6144, "longest prompt in tokens", "6144")
     max_response: int = option(8096, "longest response in tokens", "8096")
     # Seeding and buffers
@@ -112,16 +109,15 @@ class Config:
     def validate(self) -> None:
         """Raise ValueError with one sentence that names the flag to change."""
         for item in fields(self):
-            value, choices = getattr(self, item.name), item.metadata["choices"]
+            name, value, choices = flag(item.name), getattr(self, item.name), item.metadata["choices"]
             if choices and value not in choices:
-                known = ", ".join(map(repr, choices))
-                raise ValueError(f"{flag(item.name)} {value!r} is unknown; choose one of {known}")
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
             if item.name in ABOVE_ZERO and value <= 0:
-                raise ValueError(f"{flag(item.name)} must be above 0, not {value}")
+                raise ValueError(f"{name} must be above 0, not {value}")
             if isinstance(value, int | float) and value < 0 and item.name != "zero_reward":
-                raise ValueError(f"{flag(item.name)} must not be negative, but is {value}")
+                raise ValueError(f"{name} must not be negative, but is {value}")
             if isinstance(value, int | float) and not abs(value) < LARGEST:  # nan, too
-                raise ValueError(f"{flag(item.name)} must be a number below {LARGEST}, not {value}")
+                raise ValueError(f"{name} must be a number below {LARGEST}, not {value}")
         _ = self.buffered  # raises for a type that is unknown and for a file that makes none
         if not 2 <= self.inputs <= 10:
             raise ValueError("--inputs must be 2 (one pair shown, one hidden) to 10 (the prompt demonstrates no more)")
@@ -150,6 +146,10 @@ PRESETS: dict[str, dict] = {
 SMOKE = {"steps": 2, "batch": 4, "rollouts": 2, "seed_factor": 1, "eval_every": 0, "eval_suites": "", "inputs": 4}
 
 
+# With --resume: how long, how often saved, where the data are, and what makes it fit where memory ran out.
+CHANGEABLE = "steps save_every eval_data memory token_budget gradient_checkpointing max_response"
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -161,11 +161,9 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     argparse itself exits with code 2 on an unknown flag."""
     parser = argparse.ArgumentParser(prog="azr.py", description="Absolute Zero Reasoner: self-play on one GPU.")
     add = parser.add_argument
-    add("--resume", metavar="RUN", help="continue the run in this folder with its own configuration; only some flags "
-        "may differ, above all --steps and what lowers memory")  # fmt: skip
+    add("--resume", metavar="RUN", help=f"continue the run in this folder; of its options may change: {CHANGEABLE}")
     add("--dry-run", action="store_true", help="print the plan (engine, rollouts, memory, time) and stop")
-    add("--card", type=float, default=0.0, metavar="GB", help="with --dry-run: plan for a card of this size that is "
-        "not here, with as much host memory as it takes")  # fmt: skip
+    add("--card", type=float, default=0.0, metavar="GB", help="with --dry-run: plan for a card that is not here")
     add("--smoke", action="store_true", help="two small steps on the embedded model, under a minute")
     for item in fields(Config):
         paper = f" [paper: {item.metadata['paper']}]" if item.metadata["paper"] else ""
@@ -181,20 +179,15 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
         raise ValueError(f"--card {extra.card:g} is for --dry-run and in GB; --memory limits the card that is here")
     if extra.resume:
         return resumed(Path(extra.resume), typed), extra
-    tiny = not typed.get("model") or Path(typed["model"]).resolve() == TINY_MODEL
-    preset = typed.get("preset") or ("tiny" if tiny else "")
+    typed["model"] = typed.get("model") or str(TINY_MODEL)
+    preset = typed.get("preset") or ("tiny" if Path(typed["model"]).resolve() == TINY_MODEL else "")
     if preset and preset not in PRESETS:
         base, known = preset.removesuffix("-instruct"), f"choose one of {', '.join(PRESETS)}"
         instead = f"use --preset {base}, --template auto does the rest" if base in PRESETS else known
         raise ValueError(f"--preset {preset!r} is unknown; {instead}")
     config = Config(**PRESETS.get(preset, {}) | (SMOKE if extra.smoke else {}) | typed | {"preset": preset})
-    config.model = config.model or str(TINY_MODEL)
     config.validate()
     return config, extra
-
-
-# With --resume: how long, how often saved, where the data are, and what makes it fit where memory ran out.
-CHANGEABLE = ("steps", "save_every", "eval_data", "memory", "token_budget", "gradient_checkpointing", "max_response")
 
 
 def resumed(run_dir: Path, typed: dict) -> Config:
@@ -205,17 +198,15 @@ def resumed(run_dir: Path, typed: dict) -> Config:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))["config"]
         config = Config(**{item.name: saved[item.name] for item in fields(Config) if item.name in saved})
-        wrong = [item.name for item in fields(Config) if type(getattr(config, item.name)) is not type(item.default)]
+        for item in fields(Config):
+            if type(value := getattr(config, item.name)) is not type(item.default):
+                raise TypeError(f"{item.name} is {value!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or start a new run") from None
-    if wrong:
-        raise ValueError(f"{path} is damaged: {wrong[0]} is {getattr(config, wrong[0])!r}; restore it")
     for name, value in typed.items():
-        if name not in (*CHANGEABLE, "out") and value != getattr(config, name):
-            raise ValueError(
-                f"{flag(name)} {value!r} differs from {getattr(config, name)!r} in {path}; "
-                "start a new run, or resume without the flag"
-            )
+        if name not in (*CHANGEABLE.split(), "out") and value != getattr(config, name):
+            changed = f"{flag(name)} {value!r} differs from {getattr(config, name)!r} in {path}"
+            raise ValueError(f"{changed}; start a new run, or resume without the flag")
         setattr(config, name, value)
     config.out = str(run_dir)
     config.validate()
