@@ -328,15 +328,20 @@ def test_a_broken_trainer_state_says_what_to_do(whole_run, tmp_path, capsys):
     assert "trainer.pt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place, words", [("_decode", "propose .*--memory"), ("update", "update .*--token-budget")])
+@pytest.mark.parametrize(
+    "place, words",
+    [
+        ("policy.rollout.TransformersEngine._decode", "propose .*--memory"),
+        ("trr.update", "update .*--token-budget"),
+    ],
+)
 def test_out_of_memory_names_the_flag_to_lower_and_leaves_the_checkpoint(
     whole_run, tmp_path, capsys, monkeypatch, place, words
 ):
     """The error is the allocator's own, raised in the middle of a step."""
     shutil.copytree(whole_run, tmp_path / "r", symlinks=True)
     with monkeypatch.context() as patch:
-        where = azr.trr if place == "update" else azr.rollout.TransformersEngine
-        patch.setattr(where, place, lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
+        patch.setattr(place, lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
         assert azr.main(["--resume", str(tmp_path / "r"), "--steps", "4"]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(f"out of memory in {words} .*--max-response, then --resume", message)
