@@ -5,7 +5,6 @@ tests/. Run: python -m pytest -q
 """
 
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from azr import Rollout
 from buffers import Buffer, Task, save_tasks
 from executor import Executor
 from harness.config import parse
+from harness.start import start
 from policy.dialogue import split_response
 from prompts import KINDS
 from tests.test_run import SMALL, assert_same_run, cli
@@ -65,10 +65,8 @@ GOLD = {
 @pytest.fixture(scope="module")
 def run(executor, tmp_path_factory):
     """A run on the embedded model that was started but not trained."""
-    from harness.start import start
-
     config, _ = parse(["--batch", "4", "--out", str(tmp_path_factory.mktemp("run") / "r"), "--eval-every", "0"])
-    started = start(config, None)
+    started = azr.Run(**start(config, None))
     yield started
     started.executor.close()
 
@@ -142,14 +140,14 @@ def test_one_prompt_too_long_is_drawn_again_and_the_batch_stays_whole(run):
     for kind in ("abduction", "deduction"):
         run.buffers[kind].add(Task(kind, "def f(x):\n    return x" + " + 1" * 2000, ["1"], ["2001"]))
         run.buffers[kind].add(numbered(3))
-    proposals = [azr.proposal_prompt(run, "deduction", random.Random(n), 1) for n in range(8)]
+    proposals = [azr.proposal_prompt(run, KINDS["deduction"], random.Random(n), 1) for n in range(8)]
     assert all(0 < len(item.prompt_ids) <= run.config.max_prompt for item in proposals)
 
 
 def test_a_seed_too_long_for_either_of_its_two_uses_is_left_out(run, tmp_path):
     """`list(range(900))`: the output stands in the abduction prompt, not in the one for deduction."""
     long = Task("deduction", "def f(x):\n    return list(range(x))", ["900"], [str(list(range(900)))], id="long")
-    assert azr.fits(run, long) and not azr.fits(run, replace(long, kind="abduction"))
+    assert azr.fits(run, long, [KINDS["deduction"]]) and not azr.fits(run, long, [KINDS["abduction"]])
     save_tasks(tmp_path / "seeds.jsonl", [long, numbered(3), KINDS["induction"].zero()])
     run.config.seeds = str(tmp_path / "seeds.jsonl")
     azr.seed_buffers(run)
