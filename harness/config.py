@@ -104,7 +104,7 @@ class Config:
     def buffered(self) -> dict[str, Kind]:
         """The kinds that have a buffer: those that are trained, and those whose tasks their proposers are shown."""
         more = [name for kind in self.kinds.values() for name in kind.sources if name not in self.kinds]
-        return {**self.kinds, **(load_kinds(",".join(more)) if more else {})}
+        return load_kinds(",".join([*more, self.tasks]))  # in the order of seeding: sources before those they serve
 
     def validate(self) -> None:
         """Raise ValueError with one sentence that names the flag to change."""

@@ -394,6 +394,13 @@ def test_the_template_follows_the_name_and_the_tokenizer(name, typed, templated,
     assert choose_template(Config(model=f"org/{name}", template=typed), tokenizer) == used
 
 
+def test_sources_of_a_kind_have_buffers_and_seeds_of_their_own(tmp_path):
+    """Induction alone: its proposals describe programs of the other two, which are neither proposed nor solved."""
+    assert azr.main([*SMALL, "--tasks", "induction", "--steps", "1", "--out", str(tmp_path / "r")]) == 0
+    assert {path.stem for path in (tmp_path / "r/buffers").iterdir()} == set(KINDS)
+    assert {json.loads(line)["kind"] for line in (tmp_path / "r/tasks.jsonl").open()} == {"induction"}
+
+
 def test_a_run_folder_of_other_kinds_is_refused_and_one_of_an_old_preset_goes_on(whole_run, tmp_path, capsys):
     folder = shutil.copytree(whole_run, tmp_path / "r", symlinks=True)
     about = json.loads((folder / "config.json").read_text())
