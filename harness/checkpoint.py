@@ -32,7 +32,8 @@ import torch
 from safetensors import SafetensorError
 
 from buffers import Buffer, load_buffer
-from policy.engine import first_line, ran_out_of_memory
+from policy.engine import first_line
+from policy.logprobs import ran_out_of_memory
 from prompts import Kind
 
 LOGS = ("metrics.jsonl", "timing.jsonl", "tasks.jsonl", "rollouts.jsonl", "flagged.jsonl")  # these and the buffers grow

@@ -29,11 +29,14 @@ from executor import Executor
 from harness import checkpoint
 from harness.config import Config
 from harness.metrics import Watch
-from policy import memory, rollout
+from policy import memory
 from policy.dialogue import wrap
-from policy.engine import SyncError, first_line, ran_out_of_memory
+from policy.engine import SyncError, check_sync, first_line
+from policy.load import choose_engine, load_config, load_policy, make_engine
+from policy.logprobs import ran_out_of_memory
 from policy.memory import GB
 from policy.optimizer import MasterAdamW
+from policy.speed import DEVICES, estimate_seconds
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before a run
@@ -43,16 +46,15 @@ def describe(config: Config, card: float = 0.0) -> memory.Plan:
     """Print which engine, device and type a run uses, how many rollouts a step makes, and what memory and time to
     expect; `card`: GB of a card that is not here. Raises ValueError for a model that cannot be had or does not fit."""
     device, dtype = place(config, bool(card))
-    hf_config = rollout.load_config(config.model)
-    engine = "vllm" if card and config.engine == "auto" else rollout.choose_engine(config.engine)
-    host, given = free_host_bytes(), config.memory * GB
-    cells, length = len(config.kinds) * config.batch, config.max_prompt + config.max_response
+    hf_config = load_config(config.model)
+    engine = "vllm" if card and config.engine == "auto" else choose_engine(config.engine)
+    host, given, cells = free_host_bytes(), config.memory * GB, len(config.kinds) * config.batch
     plan = memory.plan(
         hf_config, card_bytes=(int(card * GB) or given or torch.cuda.mem_get_info()[1]) if device == "cuda" else None,
-        free_host_bytes=2**60 if card else given if given and device == "cpu" else host,
-        max_len=length, sequences=cells * (config.rollouts + 1), engine=engine, width=4 if dtype == "float32" else 2,
-        max_prompt=config.max_prompt, overrides={"token_budget": config.token_budget or None,
-                                                 "gradient_checkpointing": config.gradient_checkpointing or None},
+        host_bytes=None if card else given if given and device == "cpu" else host, engine=engine,
+        max_len=config.max_prompt + config.max_response, max_prompt=config.max_prompt,
+        sequences=cells * (config.rollouts + 1), width=4 if dtype == "float32" else 2,
+        token_budget=config.token_budget or None, checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     print(
         f"model {config.model} | engine {engine} | device {device} | {dtype}\n"
@@ -65,14 +67,11 @@ def describe(config: Config, card: float = 0.0) -> memory.Plan:
     disk = plan.parameters * (14 if dtype == "bfloat16" else 12) / GB  # weights, masters, two moments
     print(f"a checkpoint, every {config.save_every} steps: {disk:.3g} GB on disk, twice that while the next is written")
     name = "" if card else torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    if known := next((key for key in memory.DEVICES if key in name), None):
+    if known := next((key for key in DEVICES if key in name), None):
         likely = config.max_response // 4  # what models write on average is known only later; a quarter is a guess
-        seconds = memory.estimate_seconds(
-            hf_config, plan, known, prompts=3 * cells, sequences=cells * (config.rollouts + 2),
-            trained=cells * (2 + config.rollouts * config.reuse_measurement_rollouts),
-            prompt_tokens=config.max_prompt // 4, response_tokens=likely,
-        )  # fmt: skip
-        print(f"rough estimate at {likely} tokens a response: {seconds['step']:.0f} s a step on {known}")
+        trained, prompt = cells * (2 + config.rollouts * config.reuse_measurement_rollouts), config.max_prompt // 4
+        seconds = estimate_seconds(hf_config, plan, known, cells * (config.rollouts + 2), trained, prompt, likely)
+        print(f"rough estimate at {likely} tokens a response: {sum(seconds.values()):.0f} s a step on {known}")
     return plan
 
 
@@ -128,16 +127,16 @@ def start(config: Config, resume: str | None) -> dict:
     if not resume and folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another --out, or --resume {folder}")
     saved = checkpoint.find(folder) if resume else None
-    policy, tokenizer = rollout.load_policy(str(saved or config.model), device, dtype)
+    policy, tokenizer = load_policy(str(saved or config.model), device, dtype)
     template = choose_template(config, tokenizer)
     if plan.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     optimizer = MasterAdamW(policy, weight_decay=config.weight_decay, offload=plan.offload_optimizer)
     try:
-        engine = rollout.make_engine(
-            plan.engine, config.model, policy, tokenizer, dtype=dtype, token_budget=plan.generation_budget,
-            max_model_len=config.max_prompt + config.max_response, max_num_seqs=plan.max_num_seqs,
-            kv_cache_bytes=plan.kv_cache_bytes, sleep=plan.sleep, seed=config.seed,
+        engine = make_engine(
+            plan.engine, config.model, policy, tokenizer, max_model_len=config.max_prompt + config.max_response,
+            token_budget=plan.generation_budget, max_num_seqs=plan.max_num_seqs, kv_cache_bytes=plan.kv_cache_bytes,
+            sleep=plan.sleep, seed=config.seed,
         )  # fmt: skip
     except RuntimeError as error:  # vLLM was asked for and cannot be had
         if ran_out_of_memory(error):
@@ -168,7 +167,7 @@ def start(config: Config, resume: str | None) -> dict:
 
 def check_engine(run, prompts: list[list[int]]) -> None:
     """Raise SyncError unless the engine's log-probabilities on these prompts are the policy's."""
-    difference = rollout.check_sync(run.engine, run.policy, prompts)
+    difference = check_sync(run.engine, run.policy, prompts)
     print(f"engine and policy agree: mean |logprob difference| {difference:.1e}")
 
 

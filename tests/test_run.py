@@ -26,6 +26,7 @@ import azr
 from buffers import Task, save_tasks
 from harness.config import TINY_MODEL, Config, parse, presets_table
 from harness.start import choose_template
+from policy.load import resolve_model
 from prompts import KINDS
 
 HERE = Path(__file__).resolve().parent.parent
@@ -331,7 +332,7 @@ def test_a_broken_trainer_state_says_what_to_do(whole_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "place, words",
     [
-        ("policy.rollout.TransformersEngine._decode", "propose .*--memory"),
+        ("policy.transformers_engine.TransformersEngine._decode", "propose .*--memory"),
         ("trr.update", "update .*--token-budget"),
     ],
 )
@@ -350,16 +351,14 @@ def test_out_of_memory_names_the_flag_to_lower_and_leaves_the_checkpoint(
 
 
 def test_out_of_memory_while_loading_is_one_sentence(tmp_path, capsys, monkeypatch):
-    loader = "policy.rollout.AutoModelForCausalLM.from_pretrained"
+    loader = "policy.load.AutoModelForCausalLM.from_pretrained"
     monkeypatch.setattr(loader, lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
     assert azr.main(["--out", str(tmp_path / "r")]) == 2
     assert "choose a smaller --model" in capsys.readouterr().err
 
 
 def test_the_paper_spelling_of_a_model_is_understood():
-    from policy import rollout
-
-    assert rollout.resolve_model("Qwen/Qwen2.5-3B-Coder") == "Qwen/Qwen2.5-Coder-3B"
+    assert resolve_model("Qwen/Qwen2.5-3B-Coder") == "Qwen/Qwen2.5-Coder-3B"
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys):
