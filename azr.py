@@ -83,6 +83,7 @@ class Run:
     step: int = 0
     saved: int = -1  # the step of the newest checkpoint
     halfway: bool = False  # the policy may be in the middle of an update: not a state to save
+    stopping: bool = False  # Ctrl-C or SIGTERM came meanwhile: the run ends after this step
     phase: str = ""  # the one that runs now
     seconds: Counter = field(default_factory=Counter)  # per phase of the current step
     peak: int = 0  # most bytes held so far, to set beside the plan's peak

@@ -7,14 +7,16 @@
     RUN/rollouts.jsonl         sampled full texts                RUN/flagged.jsonl   texts for a person to read
     RUN/seeds.jsonl            the seed tasks (reusable: --seeds RUN/seeds.jsonl)
     RUN/buffers/KIND.jsonl     every task that entered a buffer, in order; the last --buffer-size of them are in it
-    RUN/checkpoint             -> checkpoint-000123: a Hugging Face model folder and trainer.pt (optimizer, counters,
-                                  RNG states, log sizes)
+    RUN/checkpoint             -> checkpoint-000123: a Hugging Face model folder and trainer.pt (optimizer, step, RNG
+                                  states, log sizes)
+    RUN/best                   -> best-000100: the same for the best held-out score (--keep-best)
+    RUN/curve.svg              held-out accuracy over the steps, once there were two evaluations
 
 A checkpoint is written to a temporary name, renamed, and only then does the link `checkpoint` move: a kill or a full
 disk leaves the previous one whole. Logs and buffers are files that only grow: a step appends what is new, a checkpoint
 records their sizes, and on resume they are cut back to these, so that the continued run writes the same bytes as an
 uninterrupted one.
-What it leaves out: checkpoints of a half-finished step. Usage: `save(run_dir, step, ...)`, `load(run_dir, ...)`.
+What it leaves out: checkpoints of a half-finished step. Usage: `save(run, "checkpoint")`, `load(run_dir, ...)`.
 """
 
 import json
@@ -22,18 +24,19 @@ import os
 import pickle
 import random
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from buffers import KINDS, Buffer, load_buffer
+from buffers import Buffer, load_buffer
 from policy.engine import first_line
 from policy.logprobs import ran_out_of_memory
+from prompts import Kind
 
-LOGS = ("metrics.jsonl", "timing.jsonl", "tasks.jsonl", "rollouts.jsonl", "flagged.jsonl")
-LOGS += tuple(f"buffers/{kind}.jsonl" for kind in KINDS)
+LOGS = ("metrics.jsonl", "timing.jsonl", "tasks.jsonl", "rollouts.jsonl", "flagged.jsonl")  # these and the buffers grow
 
 
 def append(path: Path, records: list[dict]) -> None:
@@ -68,39 +71,50 @@ def move_link(link: Path, target: str) -> None:
     os.replace(temporary, link)
 
 
-def save(run_dir: Path, step: int, policy, tokenizer, optimizer, name: str = "checkpoint") -> None:
-    """Write checkpoint number `step` and point RUN/`name` at it. Raises OSError naming the folder if the disk is full;
-    the previous checkpoint stays as it was."""
-    folder = run_dir / f"{name}-{step:06d}"
-    partial = run_dir / f"{name}.partial"
+def log_sizes(run_dir: Path, logs: Iterable[str]) -> dict[str, int]:
+    """Bytes of each log; 0 where there is none yet."""
+    return {log: (run_dir / log).stat().st_size if (run_dir / log).exists() else 0 for log in logs}
+
+
+def save_due(run, record: dict, last: bool) -> None:
+    """RUN/checkpoint every --save-every steps and after the last one, RUN/best when the held-out score is the best so
+    far (--keep-best)."""
+    scores = [earlier.get("score", -1.0) for earlier in run.watch.history]
+    if run.config.keep_best and "score" in record and record["score"] >= max(scores):
+        save(run, "best")  # first: a step that is killed here is done again, and `best` with it
+    if last or run.step % run.config.save_every == 0:
+        save(run, "checkpoint")
+
+
+def save(run, name: str) -> None:
+    """Write the last finished step of `run` (azr.Run) as a checkpoint and point RUN/`name` at it. Raises OSError naming
+    the folder if the disk is full; the previous checkpoint stays as it was."""
+    folder, partial = run.folder / f"{name}-{run.step:06d}", run.folder / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        policy.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        log_sizes = {log: (run_dir / log).stat().st_size if (run_dir / log).exists() else 0 for log in LOGS}
+        run.policy.save_pretrained(partial)
+        run.tokenizer.save_pretrained(partial)
         name_, keys, *rest = np.random.get_state()
         rng = {"python": random.getstate(), "numpy": (name_, keys.tolist(), *rest), "torch": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            rng["cuda"] = torch.cuda.get_rng_state_all()
-        torch.save(
-            {"step": step, "optimizer": optimizer.state_dict(), "rng": rng, "log_sizes": log_sizes},
-            partial / "trainer.pt",
-        )
+        rng["cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        sizes = log_sizes(run.folder, [*LOGS, *(f"buffers/{kind}.jsonl" for kind in run.buffers)])
+        state = {"step": run.step, "optimizer": run.optimizer.state_dict(), "rng": rng, "log_sizes": sizes}
+        torch.save(state, partial / "trainer.pt")
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         if ran_out_of_memory(error):
             raise
-        free = shutil.disk_usage(run_dir).free / 1e9
-        raise OSError(
-            f"could not write the checkpoint to {folder} with {free:.3f} GB free there ({first_line(error)}); "
-            f"free some disk space and --resume {run_dir}"
-        ) from error
+        what = f"could not write the checkpoint to {folder} ({first_line(error)})"
+        free = f"{shutil.disk_usage(run.folder).free / 1e9:.3f} GB are free there"
+        raise OSError(f"{what}; {free}: free more and --resume {run.folder}") from error
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-    move_link(run_dir / name, folder.name)
-    for older in run_dir.glob(f"{name}-[0-9]*"):
+    move_link(run.folder / name, folder.name)
+    for older in run.folder.glob(f"{name}-[0-9]*"):
         if older.name != folder.name:
             shutil.rmtree(older, ignore_errors=True)
+    if name == "checkpoint":
+        run.saved = run.step
 
 
 def find(run_dir: Path) -> Path | None:
@@ -115,38 +129,38 @@ def find(run_dir: Path) -> Path | None:
     return link if link.exists() else None
 
 
-def load(run_dir: Path, optimizer, capacity: int, steps: int) -> tuple[int, dict[str, Buffer]]:
+def load(
+    run_dir: Path, optimizer, capacity: int, kinds: Mapping[str, Kind], steps: int
+) -> tuple[int, dict[str, Buffer]]:
     """Read the newest checkpoint into the optimizer and the RNGs, cut the logs back, return (step, buffers). The
     policy's weights were read from RUN/checkpoint already. Raises ValueError naming the broken file and the remedy,
-    and for a run that has more than `steps` steps."""
+    for a run of other task types, and for one that has more than `steps` steps."""
     folder = run_dir / "checkpoint"
+    anew = f"start a new run from the weights with --model {folder}"
     try:
         # mapped: an offloaded optimizer fills host memory already, and its saved states are as large again
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(state["optimizer"])
-        step, rng, log_sizes = int(state["step"]), state["rng"], dict(state["log_sizes"])
+        step, rng, saved = int(state["step"]), state["rng"], dict(state["log_sizes"])
         random.setstate(rng["python"])
         np.random.set_state(rng["numpy"])
         torch.set_rng_state(rng["torch"])
-        if "cuda" in rng and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(rng["cuda"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(rng.get("cuda", []))
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
         if ran_out_of_memory(error):
             raise
-        raise ValueError(
-            f"{folder}/trainer.pt cannot be read ({first_line(error)}); "
-            f"start a new run from the weights with --model {folder}"
-        ) from None
+        raise ValueError(f"{folder}/trainer.pt cannot be read ({first_line(error)}); {anew}") from None
     if step > steps:
         raise ValueError(f"{run_dir} has {step} steps already, --steps {steps} is less; raise it")
-    found = {log: (run_dir / log).stat().st_size if (run_dir / log).exists() else 0 for log in log_sizes}
-    for log, size in log_sizes.items():
+    if other := [kind for kind in kinds if f"buffers/{kind}.jsonl" not in saved]:
+        raise ValueError(f"{run_dir} is a run of other task types, without a buffer for {other[0]}; start a new run")
+    found = log_sizes(run_dir, saved)
+    for log, size in saved.items():
         if found[log] < size and (log == "metrics.jsonl" or log.startswith("buffers")):  # the others are not read again
-            raise ValueError(
-                f"{run_dir / log} has {found[log]} of the {size} bytes it had at the checkpoint; restore it, "
-                f"or start a new run from the weights with --model {folder}"
-            )
-    for log, size in log_sizes.items():
+            had = f"{run_dir / log} has {found[log]} of the {size} bytes it had at the checkpoint"
+            raise ValueError(f"{had}; restore it, or {anew}")
+    for log, size in saved.items():
         if found[log] > size:
             os.truncate(run_dir / log, size)
-    return step, {kind: load_buffer(run_dir / f"buffers/{kind}.jsonl", capacity) for kind in KINDS}
+    return step, {name: load_buffer(run_dir / f"buffers/{name}.jsonl", capacity, kind) for name, kind in kinds.items()}

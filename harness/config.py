@@ -2,11 +2,10 @@
 
 What it does: `Config` is the single source of `python azr.py --help`, of RUN/config.json and of the checks at start.
 What it leaves out: knobs nobody needs. Temperature is 1 and no top-p, top-k or penalty exists, because the policy
-gradient differentiates the distribution that was sampled. It stands apart from azr.py so that the loop there stays
-short enough to read in one go.
+gradient differentiates the distribution that was sampled.
 Paper: Table 3 (hyper-parameters); where paper and official code differ the default is the paper's.
 
-    config = parse(["--model", "Qwen/Qwen2.5-3B-Coder", "--steps", "100"])
+    config, extra = parse(["--model", "Qwen/Qwen2.5-3B-Coder", "--steps", "100"])
 """
 
 import argparse
@@ -14,7 +13,7 @@ import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from buffers import KINDS
+from prompts import KINDS, Kind, load_kinds
 
 TINY_MODEL = Path(__file__).resolve().parent.parent / "tiny" / "model"
 
@@ -42,8 +41,8 @@ class Config:
     engine: str = option("auto", "who generates", choices=("auto", "vllm", "transformers"))
     dtype: str = option("auto", "compute type; auto: bfloat16 on a GPU, float32 on a CPU", "bfloat16",
                         ("auto", "bfloat16", "float32"))  # fmt: skip
-    template: str = option("plain", "wrapper around the prompts: plain text, or the tokenizer's chat template", "plain",
-                           ("plain", "chat"))  # fmt: skip
+    template: str = option("auto", "plain text or the tokenizer's chat template; auto: chat where there is one and the "
+                           "model's name says instruct or chat", "plain", ("auto", "plain", "chat"))  # fmt: skip
     memory: int = option(0, "GB to plan for on the card (without GPU: of host memory); 0: what is there")
     # The batch
     steps: int = option(500, "training steps", "500")
@@ -51,7 +50,7 @@ class Config:
     rollouts: int = option(8, "G, attempts that measure the learnability of each valid proposal", "8")
     references: int = option(6, "K, earlier tasks a proposer is shown; 0: none (ablation)", "6")
     inputs: int = option(10, "N, inputs of an induction task; the first half is shown to the solver", "10")
-    tasks: str = option("abduction,deduction,induction", "task types, comma separated (ablation)", "all three")
+    tasks: str = option(",".join(KINDS), "task types: names, or files as examples/fault.py (comma)", "all three")
     max_prompt: int = option(6144, "longest prompt in tokens", "6144")
     max_response: int = option(8096, "longest response in tokens", "8096")
     # Seeding and buffers
@@ -97,25 +96,29 @@ class Config:
     log_rollouts: int = option(12, "full texts per step in rollouts.jsonl")
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        return tuple(kind for kind in KINDS if kind in self.tasks.split(","))
+    def kinds(self) -> dict[str, Kind]:
+        """The task types of --tasks; raises ValueError for one that cannot be loaded."""
+        return load_kinds(self.tasks)
+
+    @property
+    def buffered(self) -> dict[str, Kind]:
+        """The kinds that have a buffer: those that are trained, and those whose tasks their proposers are shown."""
+        more = [name for kind in self.kinds.values() for name in kind.sources if name not in self.kinds]
+        return load_kinds(",".join([*more, self.tasks]))  # in the order of seeding: sources before those they serve
 
     def validate(self) -> None:
         """Raise ValueError with one sentence that names the flag to change."""
         for item in fields(self):
-            value, choices = getattr(self, item.name), item.metadata["choices"]
+            name, value, choices = flag(item.name), getattr(self, item.name), item.metadata["choices"]
             if choices and value not in choices:
-                known = ", ".join(map(repr, choices))
-                raise ValueError(f"{flag(item.name)} {value!r} is unknown; choose one of {known}")
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
             if item.name in ABOVE_ZERO and value <= 0:
-                raise ValueError(f"{flag(item.name)} must be above 0, not {value}")
+                raise ValueError(f"{name} must be above 0, not {value}")
             if isinstance(value, int | float) and value < 0 and item.name != "zero_reward":
-                raise ValueError(f"{flag(item.name)} must not be negative, but is {value}")
+                raise ValueError(f"{name} must not be negative, but is {value}")
             if isinstance(value, int | float) and not abs(value) < LARGEST:  # nan, too
-                raise ValueError(f"{flag(item.name)} must be a number below {LARGEST}, not {value}")
-        unknown = [kind for kind in self.tasks.split(",") if kind not in KINDS]
-        if unknown or not self.kinds:
-            raise ValueError(f"--tasks {self.tasks!r} holds unknown types; choose from {','.join(KINDS)}")
+                raise ValueError(f"{name} must be a number below {LARGEST}, not {value}")
+        _ = self.buffered  # raises for a type that is unknown and for a file that makes none
         if not 2 <= self.inputs <= 10:
             raise ValueError("--inputs must be 2 (one pair shown, one hidden) to 10 (the prompt demonstrates no more)")
         if self.buffer_size < self.batch * self.seed_factor:
@@ -135,16 +138,16 @@ PRESETS: dict[str, dict] = {
         "eval_every": 10, "eval_suites": f"tasks:{TINY_MODEL.parent / 'test.jsonl'}:300",
     },
     "0.5b": {**SMALL, "batch": 32, "inputs": 4, "seed_factor": 2},
-    "0.5b-instruct": {**SMALL, "batch": 32, "inputs": 4, "seed_factor": 2, "template": "chat"},
     "1.5b": {**SMALL, "batch": 32, "max_prompt": 3072, "max_response": 1536},
-    "1.5b-instruct": {**SMALL, "batch": 32, "max_prompt": 3072, "max_response": 1536, "template": "chat"},
     "3b": {"max_prompt": 4096, "max_response": 2048, "save_every": 10},
-    "3b-instruct": {"max_prompt": 4096, "max_response": 2048, "save_every": 10, "template": "chat"},
     "7b": {"max_prompt": 4096, "max_response": 2048, "save_every": 10},
-    "7b-instruct": {"max_prompt": 4096, "max_response": 2048, "save_every": 10, "template": "chat"},
     "paper": {"save_every": 10},
 }  # fmt: skip
 SMOKE = {"steps": 2, "batch": 4, "rollouts": 2, "seed_factor": 1, "eval_every": 0, "eval_suites": "", "inputs": 4}
+
+
+# With --resume: how long, how often saved, where the data are, and what makes it fit where memory ran out.
+CHANGEABLE = "steps save_every eval_data memory token_budget gradient_checkpointing max_response"
 
 
 def flag(name: str) -> str:
@@ -152,21 +155,16 @@ def flag(name: str) -> str:
 
 
 def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """Command line to (Config, the few flags that are not configuration: resume, dry_run, smoke).
+    """Command line to (Config, the few flags that are not configuration: resume, dry_run, card, smoke).
 
     Order: defaults, then the preset, then what was typed. Raises ValueError with one sentence on a wrong value;
     argparse itself exits with code 2 on an unknown flag."""
     parser = argparse.ArgumentParser(prog="azr.py", description="Absolute Zero Reasoner: self-play on one GPU.")
-    parser.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="continue the run in this folder with its own configuration; only some flags may differ, "
-        "above all --steps and what lowers memory",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan (engine, rollouts, memory, time) and stop"
-    )
-    parser.add_argument("--smoke", action="store_true", help="two small steps on the embedded model, under a minute")
+    add = parser.add_argument
+    add("--resume", metavar="RUN", help=f"continue the run in this folder; of its options may change: {CHANGEABLE}")
+    add("--dry-run", action="store_true", help="print the plan (engine, rollouts, memory, time) and stop")
+    add("--card", type=float, default=0.0, metavar="GB", help="with --dry-run: plan for a card that is not here")
+    add("--smoke", action="store_true", help="two small steps on the embedded model, under a minute")
     for item in fields(Config):
         paper = f" [paper: {item.metadata['paper']}]" if item.metadata["paper"] else ""
         settings = {"help": f"{item.metadata['help']}{paper} (default: {item.default!r})".replace("%", "%%")}
@@ -174,24 +172,22 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
             settings["action"] = argparse.BooleanOptionalAction
         else:
             settings |= {"type": type(item.default), "metavar": item.name.upper()}
-        parser.add_argument(flag(item.name), default=argparse.SUPPRESS, dest=item.name, **settings)
-    arguments = vars(parser.parse_args(argv))
-    extra = argparse.Namespace(**{name: arguments.pop(name) for name in ("resume", "dry_run", "smoke")})
+        add(flag(item.name), default=argparse.SUPPRESS, dest=item.name, **settings)
+    typed = vars(parser.parse_args(argv))
+    extra = argparse.Namespace(**{name: typed.pop(name) for name in ("resume", "dry_run", "card", "smoke")})
+    if extra.card and not (extra.dry_run and 0 < extra.card < LARGEST):
+        raise ValueError(f"--card {extra.card:g} is for --dry-run and in GB; --memory limits the card that is here")
     if extra.resume:
-        return resumed(Path(extra.resume), arguments), extra
-    tiny = not arguments.get("model") or Path(arguments["model"]).resolve() == TINY_MODEL
-    preset = arguments.get("preset") or ("tiny" if tiny else "")
+        return resumed(Path(extra.resume), typed), extra
+    typed["model"] = typed.get("model") or str(TINY_MODEL)
+    preset = typed.get("preset") or ("tiny" if Path(typed["model"]).resolve() == TINY_MODEL else "")
     if preset and preset not in PRESETS:
-        raise ValueError(f"--preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    values = PRESETS.get(preset, {}) | (SMOKE if extra.smoke else {}) | arguments | {"preset": preset}
-    config = Config(**values)
-    config.model = config.model or str(TINY_MODEL)
+        base, known = preset.removesuffix("-instruct"), f"choose one of {', '.join(PRESETS)}"
+        instead = f"use --preset {base}, --template auto does the rest" if base in PRESETS else known
+        raise ValueError(f"--preset {preset!r} is unknown; {instead}")
+    config = Config(**PRESETS.get(preset, {}) | (SMOKE if extra.smoke else {}) | typed | {"preset": preset})
     config.validate()
     return config, extra
-
-
-# With --resume: how long, how often saved, where the data are, and what makes it fit where memory ran out.
-CHANGEABLE = ("steps", "save_every", "eval_data", "memory", "token_budget", "gradient_checkpointing", "max_response")
 
 
 def resumed(run_dir: Path, typed: dict) -> Config:
@@ -202,17 +198,15 @@ def resumed(run_dir: Path, typed: dict) -> Config:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))["config"]
         config = Config(**{item.name: saved[item.name] for item in fields(Config) if item.name in saved})
-        wrong = [item.name for item in fields(Config) if type(getattr(config, item.name)) is not type(item.default)]
+        for item in fields(Config):
+            if type(value := getattr(config, item.name)) is not type(item.default):
+                raise TypeError(f"{item.name} is {value!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or start a new run") from None
-    if wrong:
-        raise ValueError(f"{path} is damaged: {wrong[0]} is {getattr(config, wrong[0])!r}; restore it")
     for name, value in typed.items():
-        if name not in (*CHANGEABLE, "out") and value != getattr(config, name):
-            raise ValueError(
-                f"{flag(name)} {value!r} differs from {getattr(config, name)!r} in {path}; "
-                "start a new run, or resume without the flag"
-            )
+        if name not in (*CHANGEABLE.split(), "out") and value != getattr(config, name):
+            changed = f"{flag(name)} {value!r} differs from {getattr(config, name)!r} in {path}"
+            raise ValueError(f"{changed}; start a new run, or resume without the flag")
         setattr(config, name, value)
     config.out = str(run_dir)
     config.validate()

@@ -1,114 +1,139 @@
-"""What a step leaves behind: logs, the status line, TensorBoard, and the closing table with its curve.
+"""What a run shows and leaves behind: progress bars, logs, the status line, and the closing table with its curve.
 
-    RUN/metrics.jsonl          one flat record per step (step 0: before training); the same bytes in every repeat
-    RUN/timing.jsonl           seconds per phase, tokens and peak memory of each step, which no repeat reproduces
-    RUN/tasks.jsonl            every proposal with verdict, solve rate, reward and the references it was shown
-    RUN/rollouts.jsonl         sampled full texts
-    RUN/flagged.jsonl          texts that the monitor of health.py wants a person to read
-    RUN/buffers/KIND.jsonl     every task that entered a buffer
+What it leaves out: deciding anything. The files are listed in checkpoint.py, the metrics explained in docs/metrics.md.
 
-What it leaves out: deciding anything. The names of the metrics are explained in docs/metrics.md.
+    with phase(run, "solve", total) as bar: ...
+    record = log(run, proposals, attempts, update, seconds); show(run, record, seconds); finish(run)
 """
 
+import contextlib
+import io
+import math
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
-from buffers import KINDS
-from harness import checkpoint, plots
-from harness import metrics as health
-from harness.start import Rollout, Run
+import torch
+from tqdm import tqdm
+
+from buffers import save_tasks
+from harness import metrics
+from harness.checkpoint import append
+from harness.metrics import mean
 from policy.memory import GB
 
+# ---------------------------------------------------------------------------------------------------------------------
+# While a step runs
 
-def log(run: Run, proposals: list[Rollout], attempts: list[Rollout], update: dict, seconds: float) -> dict:
+
+@contextlib.contextmanager
+def phase(run, name: str, total: int) -> Iterator[tqdm]:
+    """A progress bar for one phase of a step; its seconds and what it held of the memory go into the step's record."""
+    began, run.phase = time.perf_counter(), name
+    with tqdm(total=total, desc=f"step {run.step + 1} {name}", leave=False, disable=None) as bar:
+        yield bar
+    run.seconds[name] += time.perf_counter() - began
+    run.peak = max(run.peak, held_bytes(run.policy.device.type))
+
+
+def token_rate(bar: tqdm) -> Callable[[int, int], None]:
+    """What an engine calls with (sequences, tokens) newly done: they go into the bar, the tokens as a rate."""
+    tokens = 0
+
+    def progress(sequences: int, new_tokens: int) -> None:
+        nonlocal tokens
+        tokens += new_tokens
+        bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
+        bar.update(sequences)
+
+    return progress
+
+
+def held_bytes(device: str) -> int:
+    """Bytes held of the card, as the driver counts them: at the end of a phase torch's cache still has the phase's peak
+    (torch's own counts go on including the memory of an engine that sleeps). On a CPU the most this process has had
+    resident so far."""
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would also count what the parent held when it started this process
+        return next(int(x.split()[1]) for x in status.read_text().splitlines() if x.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# After a step
+
+
+def log_start(run, update: dict) -> None:
+    """The seeds in their buffers, and the record of step 0; `update`: the evaluation of the untrained model."""
+    (run.folder / "buffers").mkdir(exist_ok=True)
+    for kind, buffer in run.buffers.items():
+        save_tasks(run.folder / f"buffers/{kind}.jsonl", buffer)
+    record = {"step": 0, **metrics.buffer_metrics(run.buffers), **update}
+    run.watch.remember(record)
+    append(run.folder / "metrics.jsonl", [record])
+    write_tensorboard(run, record)
+
+
+def log(run, proposals: Sequence, attempts: Sequence, update: dict, seconds: float) -> dict:
     """One flat record into metrics.jsonl, every proposal into tasks.jsonl, some full texts into rollouts.jsonl."""
-    config, step = run.config, run.step
+    config, step, folder = run.config, run.step, run.folder
     rollouts = [*proposals, *attempts]
     record = {
         "step": step,
         "valid_share": mean(item.task is not None for item in proposals),
         "solve_rate": mean(item.correct for item in attempts),
         **update,
-        **health.cell_metrics(rollouts, config.rollouts),
-        **health.buffer_metrics(run.buffers),
+        **metrics.cell_metrics(rollouts, config.kinds, config.rollouts),
+        **metrics.buffer_metrics(run.buffers),
     }
-    flagged = [(item, names) for item in rollouts if (names := health.flags(item))]
+    flagged = [(item, names) for item in rollouts if (names := metrics.flags(item))]
     record["flagged"] = len(flagged)
-    record["alarms"] = run.remember(record)
-    timing = {f"seconds/{name}": round(value, 3) for name, value in run.seconds.items()}
-    generated = sum(len(item.completion.token_ids) for item in rollouts)
-    timing |= {"seconds/step": round(seconds, 3), "generated_tokens": generated}
-    predicted, measured = peaks(run)
-    timing |= {"predicted_peak_gb": round(predicted, 3), "peak_gb": round(measured, 3)}
-    checkpoint.append(run.folder / "metrics.jsonl", [record])
-    checkpoint.append(run.folder / "timing.jsonl", [{"step": step, **timing}])
-    checkpoint.append(run.folder / "tasks.jsonl", [proposal_record(item) for item in proposals])
-    for kind in KINDS:
+    record["alarms"] = run.watch.remember(record)
+    timing = {f"seconds/{name}": round(value, 3) for name, value in (*run.seconds.items(), ("step", seconds))}
+    timing["generated_tokens"] = sum(len(item.completion.token_ids) for item in rollouts)
+    timing |= {name: round(value, 3) for name, value in peaks(run).items()}
+    append(folder / "metrics.jsonl", [record])
+    append(folder / "timing.jsonl", [{"step": step, **timing}])
+    append(folder / "tasks.jsonl", [proposal_record(item) for item in proposals])
+    for kind in run.buffers:
         entered = [asdict(item.task) for item in proposals if item.admitted and item.kind == kind]
-        checkpoint.append(run.folder / f"buffers/{kind}.jsonl", entered)
+        append(folder / f"buffers/{kind}.jsonl", entered)
     sampled = run.rng(step, "log").sample(rollouts, min(config.log_rollouts, len(rollouts)))
-    checkpoint.append(run.folder / "rollouts.jsonl", [rollout_record(item) for item in sampled])
-    checkpoint.append(run.folder / "flagged.jsonl", [{"flags": names, **rollout_record(i)} for i, names in flagged])
+    append(folder / "rollouts.jsonl", [rollout_record(item) for item in sampled])
+    append(folder / "flagged.jsonl", [{"flags": names, **rollout_record(item)} for item, names in flagged])
     write_tensorboard(run, record | timing)
     return record
 
 
-def show(run: Run, record: dict, seconds: float) -> None:
-    """One status line on the terminal, and the alarms."""
-    print(status_line(run, record, seconds))
-    for alarm in record["alarms"]:
-        print(f"ALARM at step {record['step']}: {alarm}")
-
-
-def peaks(run: Run) -> tuple[float, float]:
-    """(predicted, measured so far) peak memory in GB, of the card or of this process."""
+def peaks(run) -> dict[str, float]:
+    """Peak memory in GB, of the card or of this process: predicted, and measured so far."""
     predicted = max(run.plan.train_peak, run.plan.rollout_peak)
-    return predicted / GB, run.peak / GB
+    return {"predicted_peak_gb": predicted / GB, "peak_gb": run.peak / GB}
 
 
-def mean(values) -> float:
-    values = [float(value) for value in values]
-    return sum(values) / len(values) if values else 0.0
+def proposal_record(item) -> dict:
+    names = ("step", "kind", "verdict", "solve_rate", "reward", "admitted")
+    record = {name: getattr(item, name) for name in names}
+    record["references"] = [reference.id for reference in item.references]
+    if item.task is None:
+        return record | {"answer": item.parts.answer}
+    record |= {name: getattr(item.task, name) for name in ("id", "program", "inputs", "outputs")}
+    return record | ({"message": item.task.message} if item.task.message else {})
 
 
-def proposal_record(item: Rollout) -> dict:
-    task = item.task
-    return {
-        "step": item.step,
-        "kind": item.kind,
-        "verdict": item.verdict,
-        "solve_rate": item.solve_rate,
-        "reward": item.reward,
-        "admitted": item.admitted,
-        "references": [reference.id for reference in item.references],
-        **({"id": task.id, "program": task.program, "inputs": task.inputs, "outputs": task.outputs} if task else {}),
-        **({"message": task.message} if task and task.message else {}),
-        **({"answer": item.parts.answer} if not task else {}),
-    }
-
-
-def rollout_record(item: Rollout) -> dict:
+def rollout_record(item) -> dict:
     names = ("step", "role", "kind", "verdict", "correct", "reward", "advantage", "trains", "prompt", "response")
     return {name: getattr(item, name) for name in names} | {"formatted": item.parts.formatted}
 
 
-def status_line(run: Run, record: dict, seconds: float) -> str:
-    def rewards(role: str) -> str:
-        return " ".join(f"{record.get(f'{role}/{kind}/reward_mean', float('nan')):+.2f}" for kind in run.config.kinds)
-
-    phases = " ".join(f"{name} {value:.1f}" for name, value in run.seconds.items())
-    remaining = int((run.config.steps - run.step) * seconds)
-    shown = (("entropy", "entropy", ".3f"), ("grad", "grad_norm", ".2f"), ("mismatch", "mismatch", ".4f"))
-    policy = " ".join(  # a value is absent where nothing was trained, or where the engine is the policy itself
-        f"{label} {record[f'update/{name}']:{form}}" for label, name, form in shown if f"update/{name}" in record
-    )
-    return (
-        f"step {run.step}/{run.config.steps} | reward propose {rewards('propose')} solve {rewards('solve')} | "
-        f"valid {record['valid_share']:.0%} solved {record['solve_rate']:.0%} | {policy} | "
-        f"{phases} s | ETA {remaining // 60}:{remaining % 60:02d}"
-    )
-
-
-def write_tensorboard(run: Run, record: dict) -> None:
+def write_tensorboard(run, record: dict) -> None:
     """Scalars for TensorBoard where it is installed; metrics.jsonl holds everything in any case."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -122,21 +147,85 @@ def write_tensorboard(run: Run, record: dict) -> None:
     run.board.flush()
 
 
-def finish(run: Run) -> None:
+def show(run, record: dict, seconds: float) -> None:
+    """One status line on the terminal, and the alarms."""
+
+    def rewards(role: str) -> str:
+        return " ".join(f"{record.get(f'{role}/{kind}/reward_mean', math.nan):+.2f}" for kind in run.config.kinds)
+
+    shown = (("entropy", "entropy", ".3f"), ("grad", "grad_norm", ".2f"), ("mismatch", "mismatch", ".4f"))
+    policy = " ".join(  # a value is absent where nothing was trained, or where the engine is the policy itself
+        f"{label} {record[f'update/{name}']:{form}}" for label, name, form in shown if f"update/{name}" in record
+    )
+    phases = " ".join(f"{name} {value:.1f}" for name, value in run.seconds.items())
+    remaining = int((run.config.steps - run.step) * seconds)
+    print(
+        f"step {run.step}/{run.config.steps} | reward propose {rewards('propose')} solve {rewards('solve')} | "
+        f"valid {record['valid_share']:.0%} solved {record['solve_rate']:.0%} | {policy} | "
+        f"{phases} s | ETA {remaining // 60}:{remaining % 60:02d}"
+    )
+    for alarm in record["alarms"]:
+        print(f"ALARM at step {record['step']}: {alarm}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# After the last step
+
+
+def finish(run) -> None:
     """Predicted and measured memory; when there were evaluations, before and after per task type, greedy and at T = 1,
     and the curve."""
-    predicted, measured = peaks(run)
+    predicted, measured = peaks(run).values()
     print(f"peak memory: {predicted:.2f} GB predicted for responses of full length, {measured:.2f} GB measured")
-    evaluated = [record for record in run.history if "score" in record]
+    evaluated = [record for record in run.watch.history if "score" in record]
     if len(evaluated) < 2:
         return
-    print(plots.comparison_table(evaluated[0], evaluated[-1]))
-    names = [key for key in evaluated[0] if key.startswith("eval/") and key.endswith("/accuracy")]
-    names = [key for key in names if key.split("/")[-2] in KINDS] or names
-    several = len({name.split("/")[1] for name in names}) > 1
-    labels = {name: name[5:-9] if several else name[5:-9].rpartition("/")[2] for name in names}
-    series = {label: [(record["step"], record[name]) for record in evaluated] for name, label in labels.items()}
-    series["mean"] = [(record["step"], record["score"]) for record in evaluated]
-    print(plots.terminal_plot(series))
-    (run.folder / "curve.svg").write_text(plots.svg_plot(series, "Held-out accuracy", "accuracy"), encoding="utf-8")
+    print(comparison_table(evaluated[0], evaluated[-1]))
+    names = [key for key in evaluated[0] if re.fullmatch("eval/[^/]+(/(?!depth)[^/]+)?/accuracy", key)]
+    series = {key[5:-9]: [(record["step"], record[key]) for record in evaluated] for key in names}
+    (run.folder / "curve.svg").write_text(svg_plot(series, "Held-out accuracy", "accuracy"), encoding="utf-8")
     print(f"curve: {run.folder / 'curve.svg'}")
+
+
+def comparison_table(before: Mapping, after: Mapping) -> str:
+    """Accuracy before, after, and the difference with its standard error, for every suite that both records of
+    metrics.jsonl have: per task type and their mean, or as a whole where a suite has no task types. The error is that
+    of two independent samples, which is larger than that of paired ones."""
+    lines = [("", "before", "after", "change", "standard error")]
+    for suite in [key.removesuffix("/all/n") for key in before if key.endswith("/all/n") and key in after]:
+        groups = [key for key in after if re.fullmatch(rf"{re.escape(suite)}/(?!all/)[^/]+/n", key)]
+        rows = []
+        for count in groups or [f"{suite}/all/n"]:
+            key = count.replace("/all/n", "/n").removesuffix("n") + "accuracy"
+            old, new = before[key], after[key]
+            error = math.sqrt((old * (1 - old) + new * (1 - new)) / after[count])
+            rows.append((count.split("/")[-2] if groups else "", old, new, error))
+        if len(rows) > 1:
+            error = math.sqrt(sum(row[3] ** 2 for row in rows)) / len(rows)
+            rows.append(("mean", mean(row[1] for row in rows), mean(row[2] for row in rows), error))
+        label = suite.removeprefix("eval/")
+        lines += [(f"{label} {n}", f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{e:.3f}") for n, a, b, e in rows]
+    width = max(len(line[0]) for line in lines)
+    return "\n".join(f"{name:<{width}}{a:>8}{b:>8}{change:>9}   {error}" for name, a, b, change, error in lines)
+
+
+def svg_plot(series: Mapping, title: str, y_label: str, bands: Mapping | None = None) -> str:
+    """Curves over steps as an SVG, the same bytes every time. `series`: name -> [(step, value or None), ...]; `bands`:
+    name -> [(step, low, high), ...], drawn pale behind the curve of that name. Raises ValueError without any value."""
+    import matplotlib  # only here: it takes half a second to import
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(7.2, 4.0), layout="constrained").add_subplot(title=title, xlabel="step", ylabel=y_label)
+    points = {name: sorted((x, math.nan if y is None else y) for x, y in found) for name, found in series.items()}
+    if not any(math.isfinite(y) for found in points.values() for _, y in found):
+        raise ValueError("a plot needs at least one point with a finite value")
+    for name, found in points.items():
+        (line,) = axes.plot(*zip(*found, strict=True), marker="o", markersize=4, label=name)
+        if band := (bands or {}).get(name):
+            axes.fill_between(*zip(*sorted(band), strict=True), color=line.get_color(), alpha=0.18, linewidth=0)
+    axes.grid(color="#dddddd")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "azr", "svg.fonttype": "none"}):
+        axes.figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

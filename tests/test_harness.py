@@ -1,4 +1,4 @@
-"""health.py and plots.py: metrics against hand counts, alarms on flat and collapsing series, pictures parsed back."""
+"""metrics.py and report.py: metrics against hand counts, alarms on flat and falling series, a picture parsed back."""
 
 import ast
 import random
@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from buffers import Buffer, Task, zero_task
-from harness import metrics as health
-from harness.metrics import Watch, buffer_metrics, cell_metrics, flags, program_shape
-from harness.plots import comparison_table, svg_plot, terminal_plot, ticks
-from prompts import Parts, split_response
+from buffers import Buffer, Task
+from harness import metrics
+from harness.metrics import Watch, buffer_metrics, flags, program_shape
+from harness.report import comparison_table, svg_plot
+from policy.dialogue import Parts, split_response
+from prompts import KINDS
 
 ADD = "def f(x):\n    return x + 1"
 ADD_RENAMED = "def f(number):\n    # the same program\n    return number + 1"
@@ -42,11 +43,15 @@ class Rollout:
     solve_rate: float | None = None
     admitted: bool = False
     entropy: float | None = None
-    reference_programs: list[str] = field(default_factory=list)
+    references: list[Task] = field(default_factory=list)
 
 
 def task(program: str, kind: str = "deduction", **more) -> Task:
     return Task(kind, program, ["1"], ["2"], **more)
+
+
+def cell_metrics(rollouts: list[Rollout], attempts: int = 8) -> dict:
+    return metrics.cell_metrics(rollouts, KINDS, attempts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,8 +66,7 @@ def test_solve_cell_counts_training_and_measuring_rollouts_apart():
         Rollout("solve", "deduction", Completion([1] * 90), trains=False, verdict="timeout"),
         Rollout("solve", "abduction", correct=True, trains=False),
     ]
-    metrics = cell_metrics(rows)
-    assert metrics == {
+    assert cell_metrics(rows) == {
         "solve/deduction/count": 2,
         "solve/deduction/reward_mean": 0.0,
         "solve/deduction/reward_std": 1.0,
@@ -81,15 +85,14 @@ def test_solve_cell_counts_training_and_measuring_rollouts_apart():
 
 def test_propose_cell():
     rows = [
-        Rollout("propose", "deduction", task=task(ADD), solve_rate=0.25, admitted=True, reference_programs=[LOOP]),
-        Rollout("propose", "deduction", task=task(ADD_RENAMED), solve_rate=1.0, reference_programs=[LOOP, ADD]),
+        Rollout("propose", "deduction", task=task(ADD), solve_rate=0.25, admitted=True, references=[task(LOOP)]),
+        Rollout("propose", "deduction", task=task(ADD_RENAMED), solve_rate=1.0, references=[task(LOOP), task(ADD)]),
         Rollout("propose", "deduction", task=task(LOOP), solve_rate=0.0, admitted=True),
         Rollout("propose", "deduction", verdict="timeout"),
         Rollout("propose", "deduction", verdict="no_program"),
         Rollout("propose", "deduction", verdict="timeout"),
     ]
-    metrics = cell_metrics(rows, attempts=4)
-    cell = {key.removeprefix("propose/deduction/"): value for key, value in metrics.items()}
+    cell = {key.removeprefix("propose/deduction/"): v for key, v in cell_metrics(rows, attempts=4).items()}
     assert cell["valid_share"] == 0.5 and cell["admitted_share"] == pytest.approx(1 / 3)
     assert cell["cause/timeout"] == 2 and cell["cause/no_program"] == 1
     assert cell["solve_rate_hist"] == [1, 1, 0, 0, 1]
@@ -104,9 +107,9 @@ def test_propose_cell():
 
 
 def test_an_untrained_proposer_is_measured_all_the_same():
-    metrics = cell_metrics([Rollout("propose", "abduction", task=task(ADD, "abduction"), trains=False)])
-    assert metrics["propose/abduction/valid_share"] == 1.0
-    assert "propose/abduction/zero_advantage_share" not in metrics
+    found = cell_metrics([Rollout("propose", "abduction", task=task(ADD, "abduction"), trains=False)])
+    assert found["propose/abduction/valid_share"] == 1.0
+    assert "propose/abduction/zero_advantage_share" not in found
 
 
 def test_induction_proposals_differ_by_message_and_inputs_not_by_the_given_program():
@@ -127,16 +130,16 @@ def test_program_shape_is_iterative_and_never_raises():
 
 
 def test_buffer_metrics():
-    buffers = {kind: Buffer(8) for kind in ("deduction", "induction")}
+    buffers = {kind: Buffer(8, KINDS[kind].key) for kind in ("deduction", "induction")}
     for program, output in [(ADD, "2"), (ADD_RENAMED, "2"), (LOOP, "2")]:
         buffers["deduction"].add(Task("deduction", program, ["1"], [output]))
     for message, values in [("a", ["1", "2"]), ("b", ["3", "4"])]:
         buffers["induction"].add(Task("induction", ADD, values, values, message))
-    metrics = buffer_metrics(buffers)
-    assert metrics["buffer/deduction/size"] == 2 == metrics["buffer/deduction/distinct_programs"]
-    assert metrics["buffer/deduction/distinct_outputs"] == 1
-    assert metrics["buffer/induction/size"] == 2 and metrics["buffer/induction/distinct_programs"] == 1
-    assert metrics["buffer/deduction/nodes_mean"] == (program_shape(ADD)[1] + program_shape(LOOP)[1]) / 2
+    found = buffer_metrics(buffers)
+    assert found["buffer/deduction/size"] == 2 == found["buffer/deduction/distinct_programs"]
+    assert found["buffer/deduction/distinct_outputs"] == 1
+    assert found["buffer/induction/size"] == 2 and found["buffer/induction/distinct_programs"] == 1
+    assert found["buffer/deduction/nodes_mean"] == (program_shape(ADD)[1] + program_shape(LOOP)[1]) / 2
     assert buffer_metrics({"abduction": Buffer(8)})["buffer/abduction/size"] == 0
 
 
@@ -149,8 +152,7 @@ def rung(length: int, values, every: int = 1) -> list[str]:
     watch, sentences = Watch(), []
     watch.read({"step": 0, **{k: v for k, v in values(0).items() if k.startswith("eval/")}})
     for step in range(1, length + 1):
-        metrics = values(step).items()
-        kept = {k: v for k, v in metrics if step % every == 0 or not k.startswith("eval/")}
+        kept = {k: v for k, v in values(step).items() if step % every == 0 or not k.startswith("eval/")}
         sentences += watch.read({"step": step, **kept})
     return sentences
 
@@ -303,47 +305,40 @@ def test_a_long_text_costs_the_monitor_little():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures and the table
+# The picture and the table
 
 CURVES = {"deduction": [(0, 0.27), (25, 0.5), (50, 0.62)], "a <b> & c": [(0, 0.36), (50, 0.37)]}
 
 
-def test_terminal_plot():
-    text = terminal_plot(CURVES, width=60, height=10)
-    lines = text.splitlines()
-    assert len(lines) == 13 and all(len(line) <= 60 for line in lines) and text.isascii()
-    assert "0.7" in lines[0] and "0.2" in lines[9]
-    assert lines[11].split() == ["0", "50"]
-    assert lines[12] == "* deduction  o a <b> & c"
-    stars = sorted((line.index("*"), row) for row, line in enumerate(lines[:10]) if "*" in line)
-    assert len(stars) == 3 and stars[0][1] > stars[1][1] > stars[2][1]  # rises from left to right
-
-
 def test_svg_plot_is_a_standalone_picture_with_axes_legend_and_band():
-    text = svg_plot(CURVES, "Held-out", "accuracy", bands={"deduction": [(0, 0.2, 0.3), (50, 0.5, 0.7)]})
-    root = ElementTree.fromstring(text)
+    def draw() -> str:
+        return svg_plot(CURVES, "Held-out", "accuracy", bands={"deduction": [(0, 0.2, 0.3), (50, 0.5, 0.7)]})
+
+    root = ElementTree.fromstring(draw())
+    assert draw() == draw()  # no date, no random ids
     space = "{http://www.w3.org/2000/svg}"
     words = [element.text for element in root.iter(space + "text")]
     assert {"Held-out", "accuracy", "step", *CURVES} <= set(words) and "0.2" in words and "50" in words
-    lines = list(root.iter(space + "polyline"))
-    assert len(lines) == 2 and len(list(root.iter(space + "polygon"))) == 1
-    points = [tuple(map(float, pair.split(","))) for pair in lines[0].get("points").split()]
+    axes = next(group for group in root.iter(space + "g") if group.get("id") == "axes_1")
+    names = [group.get("id") for group in axes]
+    assert len([name for name in names if name.startswith("FillBetween")]) == 1
+    lines = [group.find(space + "path").get("d") for group in axes if group.get("id").startswith("line2d")]
+    assert len(lines) == 2
+    points = [tuple(map(float, pair)) for pair in re.findall(r"[ML] (\S+) (\S+)", lines[0])]
+    assert len(points) == 3
     assert [x for x, _ in points] == sorted(x for x, _ in points) and points[0][1] > points[-1][1]  # y grows downwards
-    assert all(0 <= x <= 720 and 0 <= y <= 400 for x, y in points)
+    _, _, width, height = map(float, root.get("viewBox").split())
+    assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
 
 
 def test_plots_of_one_point_and_of_nothing():
-    for draw in (terminal_plot, lambda series: svg_plot(series, "t", "y")):
-        assert draw({"one": [(3, 0.5)]})
-        assert draw({"flat": [(0, 0.0), (1, 0.0)], "gap": [(0, None), (1, float("nan"))]})
-        with pytest.raises(ValueError, match="at least one point"):
-            draw({"none": []})
+    def draw(series: dict) -> str:
+        return svg_plot(series, "t", "y")
 
-
-@pytest.mark.parametrize(("low", "high"), [(0.27, 0.62), (0, 0), (-1, 1), (3, 3), (0, 1e-4), (120, 98_000)])
-def test_ticks_enclose_the_data_with_few_round_numbers(low, high):
-    found = ticks(low, high)
-    assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
+    assert draw({"one": [(3, 0.5)]})
+    assert draw({"flat": [(0, 0.0), (1, 0.0)], "gap": [(0, None), (1, float("nan"))]})
+    with pytest.raises(ValueError, match="at least one point"):
+        draw({"none": []})
 
 
 def test_comparison_table_has_task_types_their_mean_and_suites_without():
@@ -365,7 +360,7 @@ def test_comparison_table_has_task_types_their_mean_and_suites_without():
 
 
 def test_the_zero_tasks_have_a_shape():
-    assert all(health.program_shape(zero_task(kind).program)[1] > 5 for kind in ("abduction", "deduction", "induction"))
+    assert all(program_shape(kind.zero().program)[1] > 5 for kind in KINDS.values())
 
 
 def test_a_solver_that_grows_sure_of_right_answers_rings_no_alarm():
