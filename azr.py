@@ -114,7 +114,6 @@ def train(run: Run) -> None:
             checkpoint.save_due(run, record, last=collapsed or step == config.steps)
             report.show(run, record, time.perf_counter() - began)
         if collapsed:
-            print(f"stopped by --stop-on-collapse after step {step}; the checkpoint is in {run.folder / 'checkpoint'}")
             break
 
 
@@ -222,12 +221,14 @@ def generate(run: Run, name: str, wanted: list[Rollout], step: int) -> list[Roll
             logprobs=[not run.engine.is_policy and item.trains for item in wanted],
             progress=report.token_rate(bar),
         )
-    answered = []
-    for item, group in zip(wanted, completions, strict=True):
-        for completion in group:
-            response = run.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            parts = split_response(response)
-            answered.append(replace(item, completion=completion, response=response, parts=parts, count=1))
+    answered = [
+        replace(item, completion=completion, count=1)
+        for item, group in zip(wanted, completions, strict=True)
+        for completion in group
+    ]
+    for item in answered:
+        item.response = run.tokenizer.decode(item.completion.token_ids, skip_special_tokens=True)
+        item.parts = split_response(item.response)
     return answered
 
 
@@ -264,26 +265,14 @@ def give_rewards(run: Run, proposals: list[Rollout], attempts: list[Rollout], st
             proposal.task is not None, proposal.parts.formatted, proposal.solve_rate, config.zero_reward
         )
     rows = [item for item in [*proposals, *attempts] if item.trains]
+    cells = [(item.role, item.kind) for item in rows]
+    rewards = [item.reward for item in rows]
     if config.control == "shuffle":
-        shuffle_rewards(rows, run.rng(step, "shuffle"))
-    advantages = trr.whiten(
-        [item.reward for item in rows],
-        [(item.role, item.kind) for item in rows],
-        [len(item.completion.token_ids) for item in rows],
-        config.advantage_weighting,
-    )
-    for item, advantage in zip(rows, advantages.tolist(), strict=True):
-        item.advantage = advantage
-
-
-def shuffle_rewards(rows: list[Rollout], rng: random.Random) -> None:
-    """The control: every reward goes to another rollout of its cell, so that it says nothing about the rollout."""
-    for cell in sorted({(item.role, item.kind) for item in rows}):
-        members = [item for item in rows if (item.role, item.kind) == cell]
-        rewards = [item.reward for item in members]
-        rng.shuffle(rewards)
-        for item, reward in zip(members, rewards, strict=True):
-            item.reward = reward
+        rewards = trr.shuffle_within_cells(rewards, cells, run.rng(step, "shuffle"))
+    lengths = [len(item.completion.token_ids) for item in rows]
+    advantages = trr.whiten(rewards, cells, lengths, config.advantage_weighting)
+    for item, reward, advantage in zip(rows, rewards, advantages.tolist(), strict=True):
+        item.reward, item.advantage = reward, advantage
 
 
 def learn(run: Run, rollouts: list[Rollout], step: int) -> dict:
@@ -291,10 +280,8 @@ def learn(run: Run, rollouts: list[Rollout], step: int) -> dict:
     config = run.config
     rows = [item for item in rollouts if item.trains]
     run.engine.sleep()
-    samples = [
-        trr.Sample(item.prompt_ids, item.completion.token_ids, item.advantage, item.completion.logprobs)
-        for item in rows
-    ]
+    sampled = [(item.prompt_ids, item.completion, item.advantage) for item in rows]
+    samples = [trr.Sample(prompt, found.token_ids, gain, found.logprobs) for prompt, found, gain in sampled]
     with phase(run, "update", sum(map(len, samples))) as bar:
         result = trr.update(
             run.policy,
@@ -313,11 +300,10 @@ def learn(run: Run, rollouts: list[Rollout], step: int) -> dict:
         )
     for item, entropy in zip(rows, result.row_entropy, strict=True):
         item.entropy = entropy
-    with phase(run, "sync", 1) as bar:
+    with phase(run, "sync", 1):
         run.engine.sync(run.policy)
-        bar.update(1)
-    kept = {name: value for name, value in asdict(result).items() if name != "row_entropy" and value is not None}
-    return {f"update/{name}": value for name, value in kept.items()}
+    reports = {f"update/{name}": value for name, value in asdict(result).items() if name != "row_entropy"}
+    return {name: value for name, value in reports.items() if value is not None}
 
 
 def admit(run: Run, proposals: list[Rollout]) -> None:
@@ -342,23 +328,21 @@ def seed_buffers(run: Run) -> None:
     seeds = {pool: Buffer(wanted, kinds[-1].key) for pool, kinds in pools.items()}
     own = run.folder / "seeds.jsonl"  # there after a resume: seeding was over when the run stopped
     source = Path(config.seeds) if config.seeds else own
-    if config.seeds or own.exists():
+    if given := bool(config.seeds) or own.exists():
         known = KINDS | config.buffered
         for task in load_tasks(source, known):
             pool = known[task.kind].pool or task.kind
             if pool in pools and fits(run, task, pools[pool]):
                 seeds[pool].add(task)
-    else:
-        for pool, kinds in pools.items():
+    for pool, kinds in pools.items():
+        if not given:
             seeds[pool].add(kinds[-1].zero())
             fill(run, seeds[pool], kinds, wanted)
-            share(run, seeds[pool], kinds)
+        share(run, seeds[pool], kinds)
+    if not given:
         save_tasks(own.with_suffix(".tmp"), [task for pool in seeds.values() for task in pool])
         own.with_suffix(".tmp").rename(own)
-    for pool, kinds in pools.items():
-        share(run, seeds[pool], kinds)
-    empty = [kind for kind in config.kinds if not len(run.buffers[kind])]
-    if empty:
+    if empty := [kind for kind in config.kinds if not len(run.buffers[kind])]:
         raise SetupError(
             f"{source} holds no seeds for {', '.join(empty)} that fit --max-prompt; raise it, or seed without --seeds"
         )
@@ -427,8 +411,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def begin(run: Run) -> None:
     """Before the first step: check that engine and policy agree, seed the buffers, measure the untrained model."""
-    zeros = [kind.zero() for kind in run.config.kinds.values()]
-    check_engine(run, [solve_rollout(run, zero, 0).prompt_ids for zero in zeros])
+    check_engine(run, [solve_rollout(run, kind.zero(), 0).prompt_ids for kind in run.config.kinds.values()])
     seed_buffers(run)
     report.log_start(run, evaluate.during_training(run) if run.config.eval_every else {})
     checkpoint.save(run, "checkpoint")

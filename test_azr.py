@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import azr
+import trr
 from azr import Rollout
 from buffers import Buffer, Task, save_tasks
 from executor import Executor
@@ -172,10 +173,10 @@ def test_solve_batch_holds_this_steps_tasks_first(run):
 
 
 def test_shuffled_rewards_keep_each_cells_rewards():
-    rows = [Rollout("solve", kind, 1, "", [], reward=float(n)) for kind in KINDS for n in range(9)]
-    azr.shuffle_rewards(rows, random.Random(0))
+    cells = [("solve", kind) for kind in KINDS for _ in range(9)]
+    shuffled = trr.shuffle_within_cells([float(n) for _ in KINDS for n in range(9)], cells, random.Random(0))
     for kind in KINDS:
-        rewards = [item.reward for item in rows if item.kind == kind]
+        rewards = [reward for reward, cell in zip(shuffled, cells, strict=True) if cell == ("solve", kind)]
         assert sorted(rewards) == [float(n) for n in range(9)] and rewards != sorted(rewards)
 
 

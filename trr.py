@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,18 @@ def whiten(
         variance = (w * (r - mean) ** 2).sum() / (n - 1)
         advantage[rows] = (r - mean) / torch.sqrt(variance + 1e-8)
     return advantage
+
+
+def shuffle_within_cells(rewards: Sequence[float], cells: Sequence[Hashable], rng: Random) -> list[float]:
+    """The control: every reward goes to another row of its cell, so that it says nothing about the row."""
+    shuffled = list(rewards)
+    for cell in sorted(set(cells)):
+        rows = [i for i, other in enumerate(cells) if other == cell]
+        moved = [rewards[i] for i in rows]
+        rng.shuffle(moved)
+        for i, reward in zip(rows, moved, strict=True):
+            shuffled[i] = reward
+    return shuffled
 
 
 def objective(

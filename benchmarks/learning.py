@@ -55,9 +55,7 @@ def measure(model: str, tasks_file: Path, out: Path) -> None:
     torch.set_num_threads(1)
     tasks = load_tasks(tasks_file, KINDS)
     policy, tokenizer = load_policy(model, "cpu", "float32")
-    engine = make_engine(
-        "transformers", model, policy, tokenizer, max_model_len=1024, token_budget=65536
-    )
+    engine = make_engine("transformers", model, policy, tokenizer, max_model_len=1024, token_budget=65536)
     rows = []
     with Executor() as executor:
         for mode, (prefix, temperature) in MODES.items():

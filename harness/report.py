@@ -166,6 +166,8 @@ def show(run, record: dict, seconds: float) -> None:
     )
     for alarm in record["alarms"]:
         print(f"ALARM at step {record['step']}: {alarm}")
+    if record["alarms"] and run.config.stop_on_collapse:
+        print(f"stopped by --stop-on-collapse after step {run.step}; its checkpoint is {run.folder / 'checkpoint'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
