@@ -1,4 +1,4 @@
-"""Do the judges agree with the reference scorers? The complete, slow comparison behind `test_evaluate.py`.
+"""Do the judges agree with the reference scorers? The complete, slow comparison behind `tests/test_suites.py`.
 
 What it does: the booleans of stored samples against EvalPlus's, all 164 + 378 reference solutions, CRUXEval's verdicts
 and gold answers, math-verify's pairs, and every gold of the six mathematics sets against itself.
@@ -14,9 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suites import judge_code as scoring_code  # noqa: E402
-from suites import scoring  # noqa: E402
 from suites import table as suites  # noqa: E402
+from suites.extract import extract_assert  # noqa: E402
+from suites.judge_code import code_executor  # noqa: E402
+from suites.judge_math import judge_math, math_equal  # noqa: E402
 
 STORED = {
     "humaneval": "humaneval_qwen25coder05b",
@@ -39,7 +40,7 @@ def report(what: str, right: int, of: int, started: float, wrong=()) -> bool:
 
 def main(folder: str) -> int:
     bench, good = Path(folder), []
-    with scoring_code.code_executor() as executor:
+    with code_executor() as executor:
         for name, stem in STORED.items():
             suite, items, _ = suites.load_items(name, bench, {})
             rows = {item.id: item.gold for item in items}
@@ -68,18 +69,20 @@ def main(folder: str) -> int:
         scores = suite.score(list(zip(tasks.values(), golds, strict=True)))
         wrong = [task for task, score in zip(tasks, scores, strict=True) if not score]
         report(f"{name}: gold answers pass", len(tasks) - len(wrong), len(tasks), started, wrong)
-        good.append(len(wrong) <= (0 if side == "output" else 14))  # 14 inputs are no literals, see test_evaluate.py
+        good.append(
+            len(wrong) <= (0 if side == "output" else 14)
+        )  # 14 inputs are no literals, see tests/test_suites.py
         stem, started = f"cruxeval_{rule}_qwen25coder05b", time.monotonic()
         samples = lines_of(bench / "parity" / f"{stem}.jsonl")
         verdicts = json.loads((bench / "parity" / f"{stem}_verdicts.json").read_text())["verdicts"]
-        answers = [scoring.extract_assert(s["completion"], side) for s in samples]
+        answers = [extract_assert(s["completion"], side) for s in samples]
         scores = suite.score([(tasks[s["task_id"]], answer) for s, answer in zip(samples, answers, strict=True)])
         wrong = [s["task_id"] for s, ours in zip(samples, scores, strict=True)
                  if bool(ours) != verdicts[s["task_id"]]["azr_rule_pass"]]  # fmt: skip
         good.append(report(f"{name}: same verdict", len(samples) - len(wrong), len(samples), started, wrong))
     pairs, started = lines_of(bench / "parity" / "math_pairs.jsonl"), time.monotonic()
-    raw = [scoring.math_equal(r["prediction"], r["gold"], normalise=False, call=r["call"]) for r in pairs]
-    ours = [scoring.math_equal(r["prediction"], r["gold"], call=r["call"]) for r in pairs]
+    raw = [math_equal(r["prediction"], r["gold"], normalise=False, call=r["call"]) for r in pairs]
+    ours = [math_equal(r["prediction"], r["gold"], call=r["call"]) for r in pairs]
     wrong = [r["id"] for r, v in zip(pairs, raw, strict=True) if v != r["expected"]]
     good.append(report("math pairs: raw verdict as stored", len(pairs) - len(wrong), len(pairs), started, wrong))
     wrong = [r["id"] for r, a, b in zip(pairs, raw, ours, strict=True) if a != b and b != r["intended"]]
@@ -98,7 +101,7 @@ def main(folder: str) -> int:
     for name in suites.TABLE1["math"]:
         _, items, _ = suites.load_items(name, bench, {})
         started = time.monotonic()
-        verdicts = scoring.judge_math([(item.gold, item.gold) for item in items])
+        verdicts = judge_math([(item.gold, item.gold) for item in items])
         wrong = [item.id for item, verdict in zip(items, verdicts, strict=True) if not verdict]
         good.append(report(f"{name}: golds match themselves", len(items) - len(wrong), len(items), started, wrong))
     return 0 if all(good) else 1

@@ -7,8 +7,9 @@ What it leaves out: running a solution in this process, unpickling anything but 
 Sources of the rules: EvalPlus 0.3.1 (comparison, 16 special oracles, MBPP's types) and LiveCodeBench's test runner.
 Where EvalPlus limits wall time this limits CPU time, so that a busy machine never turns a pass into a fail.
 
-    score_evalplus([(row, code)], plus=True)          # -> [1.0], row as in HumanEvalPlus.jsonl
-    score_lcb([(row, code)])                          # -> [1.0], row as in LiveCodeBench's release files
+    with code_executor() as executor:
+        judge_evalplus(executor, [(row, code)], plus=True)      # -> [True], row as in HumanEvalPlus.jsonl
+        judge_lcb(executor, [(row, code)])                      # -> [True], row as in LiveCodeBench's release files
 """
 
 import ast
@@ -19,14 +20,11 @@ import os
 import pickle
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from decimal import Decimal, InvalidOperation
-from functools import cache
-from itertools import repeat
 
 import numpy as np
 
-from executor import BadLiteral, Executor, Verdict, parse_literal
+from executor import BadLiteral, Executor, Result, Verdict, parse_literal
 
 Progress = Callable[[int], None] | None
 
@@ -44,32 +42,20 @@ ENTRY = "_azr_call"  # a name no solution uses
 CLAIM = r'''
 pass
 def _azr_plain(x):
-    """A value of another class as the builtin one that it equals; raises TypeError where there is none."""
-    for kind in (bool, str, bytes, type(None)):
-        if type(x) is kind:
-            return x
+    """A value of another class as the builtin one that it equals; what has none stays."""
     for kind in (dict, list, tuple, set, frozenset):
         if isinstance(x, kind):
-            if kind is dict:
-                return {_azr_plain(k): _azr_plain(v) for k, v in dict.items(x)}
-            return kind([_azr_plain(item) for item in kind.__iter__(x)])
-    if isinstance(x, str):
-        return str.__str__(x)
+            return kind(map(_azr_plain, dict.items(x) if kind is dict else kind.__iter__(x)))
     for kind in (int, float, complex):
-        if isinstance(x, kind) or hasattr(type(x), "__float__"):
-            try:
-                if kind(x) == x:
-                    return kind(x)
-            except (TypeError, ValueError, OverflowError):
-                continue
-    raise TypeError("not a value")
+        if hasattr(type(x), "__float__") and kind(x) == x:
+            return kind(x)
+    return str.__str__(x) if isinstance(x, str) else x
 
 def _azr_leaf(x):
     """Bytes that are equal for 1, 1.0 and True, as == is."""
     import marshal
-    if type(x) is bool or type(x) is float and x.is_integer():
-        x = int(x)
-    return marshal.dumps(x, 2)
+    whole = type(x) is bool or type(x) is float and x.is_integer()
+    return marshal.dumps(int(x) if whole else x, 2)
 
 def _azr_claim(x):
     """One line of text for a value: its repr, or for a large one `#` and a digest. `=`: was of another class."""
@@ -82,16 +68,13 @@ def _azr_claim(x):
         except ValueError:
             mark, x = "=", _azr_plain(x)
             size = len(marshal.dumps(x, 2))
-        large = size > 65536
-    if not large:
-        return mark + repr(x)
-    digest = hashlib.sha256(type(x).__name__.encode())
-    if type(x) in (list, tuple):
-        parts = map(_azr_leaf, x)
-    elif type(x) in (dict, set, frozenset):
+        if size <= 65536:
+            return mark + repr(x)
+    if type(x) in (set, frozenset, dict):
         parts = sorted(map(_azr_leaf, x.items() if type(x) is dict else x))
     else:
-        parts = [_azr_leaf(x)]
+        parts = map(_azr_leaf, x) if type(x) in (list, tuple) else [_azr_leaf(x)]
+    digest = hashlib.sha256(type(x).__name__.encode())
     for part in parts:
         digest.update(part)
     return "#" + digest.hexdigest()
@@ -114,9 +97,11 @@ def code_executor(lanes: int | None = None) -> Executor:
     )
 
 
-def run_claims(executor, jobs: Sequence[tuple[str, str]], limits: Sequence[float], progress: Progress = None):
+def run_claims(
+    executor: Executor, jobs: Sequence[tuple[str, str]], limits: Sequence[float], progress: Progress = None
+) -> list[tuple[str | None, Result]]:
     """Run (program, text) pairs, one call of ENTRY with the text each. Returns (claimed text or None, Result) pairs."""
-    results = executor.run([(program, [repr(text)]) for program, text in jobs], progress, list(limits))
+    results = executor.run([(program, [repr(text)]) for program, text in jobs], progress, limits)
     return [(ast.literal_eval(r.output) if r.ok else None, r) for [r] in results]
 
 
@@ -126,201 +111,159 @@ def run_claims(executor, jobs: Sequence[tuple[str, str]], limits: Sequence[float
 MIN_LIMIT_S, LIMIT_FACTOR, GROUP_LIMIT_S = 10.0, 8.0, 60.0  # the paper's settings of EvalPlus; CPU seconds here
 ATOL, RTOL = 1e-6, 1e-7
 
-# MBPP's JSON has lists where the tests have tuples, sets and complex numbers: how to turn arguments back, by task.
-MBPP_TYPES: dict[str, tuple[str, Callable[[list], list]]] = {
-    "every argument is a tuple": (
-        "2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809",
-        lambda args: [tuple(a) for a in args],
-    ),
-    "every argument is a list of tuples": (
-        "63 64 70 94 120 237 272 299 400 409 417 438 473 614 780",
-        lambda args: [[tuple(item) for item in a] for a in args],
-    ),
-    "the first argument is a list of tuples": (
-        "75 413 444 753",
-        lambda args: [[tuple(item) for item in args[0]], args[1]],
-    ),
-    "the second argument is a tuple": ("106 750", lambda args: [args[0], tuple(args[1])]),
-    "the first argument is a tuple": (
-        "250 307 405 446 617 720 763 808",
-        lambda args: [tuple(args[0]), *args[1:]],
-    ),
-    "every argument is a tuple of tuples": (
-        "259 401 445",
-        lambda args: [tuple(tuple(item) for item in a) for a in args],
-    ),
-    "tuples at every depth": ("580 615 791", lambda args: list(_tuples(args))),
-    "a tuple that may hold tuples": (
-        "278",
-        lambda args: [tuple(tuple(item) if isinstance(item, list) else item for item in args[0])],
-    ),
-    "a list of sets": (
-        "115",
-        lambda args: [[set(item) if isinstance(item, list) and item else {} for item in args[0]]],
-    ),
-    "a dict of tuples": ("722", lambda args: [{k: tuple(v) for k, v in args[0].items()}, *args[1:]]),
-    "complex numbers": ("252", lambda args: [complex(args[0])]),
-    "a float and a complex number": ("124", lambda args: [float(args[0]), complex(args[1])]),
-}
-MBPP_ARGUMENTS = {f"Mbpp/{i}": turn for ids, turn in MBPP_TYPES.values() for i in ids.split()}
 
+def tuples(value, depth: int = 99):
+    """Lists as tuples, `depth` levels of them."""
+    return tuple(tuples(item, depth - 1) for item in value) if isinstance(value, list) and depth else value
+
+
+# MBPP's JSON has lists where the tests have tuples, sets and complex numbers: tasks, and their arguments turned back.
+MBPP_TYPES: tuple[tuple[str, Callable[[list], Sequence]], ...] = (
+    ("2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809", lambda a: tuples(a, 2)),
+    ("63 64 70 94 120 237 272 299 400 409 417 438 473 614 780", lambda a: [list(tuples(x, 2)) for x in a]),
+    ("75 413 444 753", lambda a: [list(tuples(a[0], 2)), a[1]]),
+    ("106 750", lambda a: [a[0], tuple(a[1])]),
+    ("250 307 405 446 617 720 763 808", lambda a: [tuple(a[0]), *a[1:]]),
+    ("259 401 445", lambda a: tuples(a, 3)),
+    ("580 615 791", tuples),
+    ("278", lambda a: [tuples(a[0], 2)]),
+    ("115", lambda a: [[set(item) if isinstance(item, list) and item else {} for item in a[0]]]),
+    ("722", lambda a: [{key: tuple(item) for key, item in a[0].items()}, *a[1:]]),
+    ("252", lambda a: [complex(a[0])]),
+    ("124", lambda a: [float(a[0]), complex(a[1])]),
+)
+MBPP_ARGUMENTS = {f"Mbpp/{i}": turn for ids, turn in MBPP_TYPES for i in ids.split()}
 SET_TASKS = {"similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum",
              "intersection_array", "find_dissimilar", "Diff"}  # fmt: skip
 NOT_NONE_TASKS = {"check_str", "text_match_three", "text_starta_endb"}  # they return match objects
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def test_inputs(row: dict, group: str) -> list[list]:
-    """Argument lists of a task's "base" or "plus" tests, with the types that the tests mean."""
-    turn = MBPP_ARGUMENTS.get(row["task_id"], list)
-    return [turn(args) for args in row[f"{group}_input"] or []]  # one task has {} for no inputs
-
-
-def evalplus_program(row: dict, code: str) -> str:
-    """`code` with an entry that calls it on every argument list of a text and claims one line per call.
-
-    All calls of a group share one process, as in EvalPlus: a solution that keeps state between calls is judged so.
-    """
-    name = row["entry_point"]
-    value = "out"
-    if row["task_id"].startswith("Mbpp/") and name in SET_TASKS:
-        value = "list(out)"
-    elif row["task_id"].startswith("Mbpp/") and name in NOT_NONE_TASKS:
-        value = "out if type(out) is bool else out is not None"
-    return f"""{code}
-{CLAIM}
-def {ENTRY}(text):
+EVALPLUS_ENTRY = """
+def {entry}(text):
     lines = []
     for args in eval(text, {{"inf": float("inf"), "nan": float("nan")}}):
         out = {name}(*args)
         try:
             lines.append(_azr_claim({value}))
-        except (TypeError, ValueError, RecursionError):
+        except (TypeError, ValueError, ArithmeticError, RecursionError):
             lines.append("")
     return "\\n".join(lines)
 """
 
 
-def _digit_distance(a: int, b: int) -> int:
-    width = max(len(str(a)), len(str(b)))
-    return sum(abs(int(x) - int(y)) for x, y in zip(str(a).zfill(width), str(b).zfill(width), strict=True))
+def test_inputs(row: dict, group: str) -> list[Sequence]:
+    """Arguments of a task's "base" or "plus" tests, with the types that the tests mean."""
+    turn = MBPP_ARGUMENTS.get(row["task_id"], list)
+    return [turn(args) for args in row[f"{group}_input"] or []]  # one task has {} for no inputs
 
 
-def _pyramid_surface(base: float, height: float) -> int:
-    return round(base**2 + 2 * base * np.hypot(base / 2, height))
+def evalplus_job(row: dict, code: str, inputs: list[Sequence]) -> tuple[str, str]:
+    """`code` with an entry that calls it on every argument list of a text and claims one line per call; and the text.
+
+    All calls share one process, as in EvalPlus: a solution that keeps state between calls is judged so.
+    """
+    name, value = row["entry_point"], "out"
+    if row["task_id"].startswith("Mbpp/") and name in SET_TASKS:
+        value = "list(out)"
+    elif row["task_id"].startswith("Mbpp/") and name in NOT_NONE_TASKS:
+        value = "out if type(out) is bool else out is not None"
+    return f"{code}\n{CLAIM}\n{EVALPLUS_ENTRY.format(entry=ENTRY, name=name, value=value)}", repr(inputs)
 
 
-def _floats(value) -> bool:
-    items = value if isinstance(value, list | tuple) else [value]
-    return len(items) > 0 and all(isinstance(item, float) for item in items)
+def judge_evalplus(
+    executor: Executor, pairs: Sequence[tuple[dict, str]], progress: Progress = None, *, plus: bool
+) -> list[bool]:
+    """Whether each (row, code) passes the base tests, with `plus` also the plus tests.
+
+    A group of tests may use max(10 s, 8 x the reference's time) of CPU time: the program's own clock, so a busy machine
+    fails nobody. Raises RuntimeError where a reference solution does not run.
+    """
+    passed = [True] * len(pairs)
+    for group in ("base", "plus") if plus else ("base",):
+        alive = [i for i, so_far in enumerate(passed) if so_far]
+        tried = [pairs[i] for i in alive]
+        references = {row["task_id"]: (row, row["prompt"] + row["canonical_solution"]) for row, _ in tried}
+        jobs = [evalplus_job(row, code, test_inputs(row, group)) for row, code in references.values()]
+        gold = dict(zip(references, run_claims(executor, jobs, [4 * GROUP_LIMIT_S] * len(jobs)), strict=True))
+        for task, (claim, result) in gold.items():
+            if claim is None:
+                raise RuntimeError(f"the reference solution of {task} did not run: {result.verdict} {result.error}")
+        spent = [gold[row["task_id"]][1].cpu_s for row, _ in tried]
+        limits = [min(max(MIN_LIMIT_S, LIMIT_FACTOR * s), max(GROUP_LIMIT_S, 2 * s)) for s in spent]
+        jobs = [evalplus_job(row, code, test_inputs(row, group)) for row, code in tried]
+        claims = run_claims(executor, jobs, limits, progress)
+        for i, (row, code), limit, (claim, result) in zip(alive, tried, limits, claims, strict=True):
+            inputs, wanted = test_inputs(row, group), gold[row["task_id"]][0]
+            if inputs and result.verdict == Verdict.TIMEOUT:
+                claim = claim_in_sixths(executor, row, code, inputs, limit)
+            passed[i] = not inputs or claim is not None and same_outputs(row, inputs, wanted, claim)
+    return passed
 
 
-def same_outputs(row: dict, inputs: list[list], gold: list[str], claims: list[str]) -> bool:
-    """Whether a group of claimed outputs passes EvalPlus's comparison with the reference's claims.
+def claim_in_sixths(executor: Executor, row: dict, code: str, inputs: list[Sequence], limit: float) -> str | None:
+    """The claims of a group of tests run as six processes with that limit each; None as soon as one of them fails.
+    EvalPlus has a limit per input and 60 s in all, which a slow but honest solution may use up."""
+    size, claims = -(-len(inputs) // 6), []
+    for start in range(0, len(inputs), size):
+        job = evalplus_job(row, code, inputs[start : start + size])
+        [(claim, _)] = run_claims(executor, [job], [limit])
+        if claim is None:
+            return None
+        claims.append(claim)
+    return "\n".join(claims)
+
+
+def same_outputs(row: dict, inputs: list[Sequence], gold: str, claim: str) -> bool:
+    """Whether a group of claimed outputs, one a line, passes EvalPlus's comparison with the reference's claims.
 
     Equal values pass, whatever their types (1 == 1.0 == True); else, where a tolerance holds, values of one type within
     it. The tolerance is the task's, or 1e-6 from the first float output of the group on. Tasks with several right
     answers have an oracle of their own.
     """
-    name, mbpp, atol = row["entry_point"], row["task_id"].startswith("Mbpp/"), row["atol"]
-    if len(claims) != len(inputs):
+    atol, gold, claim = row["atol"], gold.split("\n"), claim.split("\n")
+    if len(claim) != len(inputs):
         return False
-    for args, want_text, text in zip(inputs, gold, claims, strict=True):
+    for args, want_text, text in zip(inputs, gold, claim, strict=True):
+        if "#" in (want_text[:1], text[:1]):  # a digest equals itself only
+            if want_text != text:
+                return False
+            continue
         try:
-            want, out = _value(want_text), _value(text)
-        except BadLiteral:
-            return False
-        try:
-            if name == "find_zero" and not mbpp:
-                if not abs(sum(c * out**i for i, c in enumerate(args[0]))) <= atol:
-                    return False
-                continue
-            if mbpp and name in SET_TASKS:
-                equal = set(want) == set(out)
-            else:
-                equal = bool(want == out)
-            if mbpp and not equal:
-                equal = (
-                    name == "are_equivalent"
-                    or (name == "sum_div" and out == 0)
-                    or (name == "surface_Area" and abs(out - _pyramid_surface(*args)) <= atol)
-                    or (name == "digit_distance_nums" and out == _digit_distance(*args))
-                )
-            atol = ATOL if atol == 0 and _floats(want) else atol
-            if not equal:
-                if atol == 0 or type(want) is not type(out) or text.startswith("="):
-                    return False
-                if isinstance(want, list | tuple) and len(want) != len(out):
-                    return False
-                if not np.allclose(out, want, rtol=RTOL, atol=atol):
-                    return False
-        except (TypeError, ValueError, OverflowError):
+            want, out = (parse_literal(line.removeprefix("="), max_chars=1 << 20) for line in (want_text, text))
+            values = want if isinstance(want, list | tuple) else [want]
+            atol = atol or (ATOL if values and all(isinstance(value, float) for value in values) else 0)
+            near = atol != 0 and type(want) is type(out) and not text.startswith("=")
+            if not same_output(row, args, want, out, atol, near):
+                return False
+        except (BadLiteral, TypeError, ValueError, OverflowError):
             return False
     return True
 
 
-@cache
-def _digest_type() -> type:
-    return type("Digest", (str,), {})
+def same_output(row: dict, args: Sequence, want, out, atol: float, near: bool) -> bool:
+    """Equal, right by the task's oracle, or, where values may be `near`, within the tolerance."""
+    name, mbpp = row["entry_point"], row["task_id"].startswith("Mbpp/")
+    if name == "find_zero" and not mbpp:
+        return abs(sum(c * out**i for i, c in enumerate(args[0]))) <= atol
+    right = want == out
+    if mbpp and not right:
+        right = (
+            (name in SET_TASKS and set(want) == set(out))
+            or name == "are_equivalent"
+            or (name == "sum_div" and out == 0)
+            or (name == "surface_Area" and abs(out - pyramid_surface(*args)) <= atol)
+            or (name == "digit_distance_nums" and out == digit_distance(*args))
+        )
+    if right or not near or isinstance(want, list | tuple) and len(want) != len(out):
+        return right
+    return np.allclose(out, want, rtol=RTOL, atol=atol)
 
 
-def _value(claim: str):
-    """The claimed value; a digest stays a text of a type of its own, equal to the same digest only."""
-    if claim.startswith("#"):
-        return _digest_type()(claim)
-    return parse_literal(claim.removeprefix("="), max_chars=1 << 20)
+def pyramid_surface(base: float, height: float) -> int:
+    return round(base**2 + 2 * base * np.hypot(base / 2, height))
 
 
-def score_evalplus(
-    pairs: Sequence[tuple[dict, str | None]], *, plus: bool, executor: Executor | None = None, progress: Progress = None
-) -> list[float]:
-    """1.0 for each (row, code) that passes the base tests, with `plus` also the plus tests, else 0.0.
-
-    A group may use max(10 s, 8 x the reference's time) of CPU time: the program's own clock, so a busy machine fails
-    nobody. A group that runs out is tried again in sixths with that limit each: EvalPlus has a limit per input and 60 s
-    in all, which a slow but honest solution may use up.
-    """
-    alive = [i for i, (_, code) in enumerate(pairs) if code]
-    with nullcontext(executor) if executor else code_executor() as runner:
-        for group in ("base", "plus") if plus else ("base",):
-            rows = {pairs[i][0]["task_id"]: pairs[i][0] for i in alive}
-            inputs = {task: test_inputs(row, group) for task, row in rows.items()}
-            programs = [
-                (evalplus_program(r, r["prompt"] + r["canonical_solution"]), repr(inputs[t])) for t, r in rows.items()
-            ]
-            gold = dict(zip(rows, run_claims(runner, programs, repeat(4 * GROUP_LIMIT_S, len(rows))), strict=True))
-            for task, (claim, result) in gold.items():
-                if claim is None:
-                    raise RuntimeError(f"the reference solution of {task} did not run: {result.verdict} {result.error}")
-            jobs = [(evalplus_program(pairs[i][0], pairs[i][1]), repr(inputs[pairs[i][0]["task_id"]])) for i in alive]
-            spent = [gold[pairs[i][0]["task_id"]][1].cpu_s for i in alive]
-            limits = [min(max(MIN_LIMIT_S, LIMIT_FACTOR * s), max(GROUP_LIMIT_S, 2 * s)) for s in spent]
-            passed = []
-            for i, (program, _), limit, (claim, result) in zip(
-                alive, jobs, limits, run_claims(runner, jobs, limits, progress), strict=True
-            ):
-                row = pairs[i][0]
-                args, want = inputs[row["task_id"]], gold[row["task_id"]][0].split("\n")
-                if claim is None and result.verdict == Verdict.TIMEOUT:
-                    claim = _in_sixths(runner, program, args, limit)
-                if not args or claim is not None and same_outputs(row, args, want, claim.split("\n")):
-                    passed.append(i)
-            alive = passed
-    return [float(i in set(alive)) for i in range(len(pairs))]
-
-
-def _in_sixths(runner: Executor, program: str, inputs: list[list], limit: float) -> str | None:
-    """The claims of a group of tests run as six processes, None as soon as one of them fails."""
-    size, claims = -(-len(inputs) // 6), []
-    for start in range(0, len(inputs), size):
-        [(claim, _)] = run_claims(runner, [(program, repr(inputs[start : start + size]))], [limit])
-        if claim is None:
-            return None
-        claims.append(claim)
-    return "\n".join(claims)
+def digit_distance(a: int, b: int) -> int:
+    width = max(len(str(a)), len(str(b)))
+    return sum(abs(int(x) - int(y)) for x, y in zip(str(a).zfill(width), str(b).zfill(width), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,7 +289,6 @@ def {entry}(text):
     return out.buffer.getvalue().decode("utf-8", "replace")
 """
 RUN_FUNCTION = """
-{claim}
 def {entry}(text):
     import json
     space = {{"__name__": "solution"}}
@@ -354,8 +296,34 @@ def {entry}(text):
     args = [json.loads(line) for line in text.split("\\n") if line.strip()]
     owner = space["Solution"]() if "Solution" in space else None
     call = getattr(owner, {name!r}) if owner is not None else space[{name!r}]
-    return repr(_azr_plain(call(*args)))
+    return json.dumps(call(*args), default=float)
 """
+
+
+def lcb_program(row: dict, code: str, test: dict) -> str:
+    """The program whose ENTRY runs `code` on the text of one test."""
+    if test["testtype"] == "stdin":
+        return RUN_STDIN.format(entry=ENTRY, source=LCB_PRELUDE + code)
+    name = json.loads(row.get("metadata") or "{}").get("func_name", "")
+    return RUN_FUNCTION.format(entry=ENTRY, source=LCB_PRELUDE + code, name=name)
+
+
+def judge_lcb(executor: Executor, pairs: Sequence[tuple[dict, str]], progress: Progress = None) -> list[bool]:
+    """Whether each (row, code) passes all tests of its problem, public and private.
+
+    Every test runs in a fresh process. Tests go out in growing rounds, so that a solution that fails or hangs early
+    costs little.
+    """
+    tests, start = [lcb_tests(row) for row, _ in pairs], 0
+    passed = [bool(some) for some in tests]
+    while batch := [(i, t) for i, so_far in enumerate(passed) if so_far for t in tests[i][start : 4 * start + 1]]:
+        jobs = [(lcb_program(*pairs[i], test), test["input"]) for i, test in batch]
+        claims = run_claims(executor, jobs, [LCB_LIMIT_S] * len(jobs), progress)
+        for (i, test), (claim, _) in zip(batch, claims, strict=True):
+            same = same_stdout if test["testtype"] == "stdin" else same_return
+            passed[i] &= claim is not None and same(claim, test["output"])
+        start = 4 * start + 1
+    return passed
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -370,15 +338,13 @@ def lcb_tests(row: dict) -> list[dict]:
 
     Private tests are JSON, or base64 of zlib of a pickled JSON string. Raises ValueError for anything else in there.
     """
-    tests = json.loads(row["public_test_cases"])
-    packed = row.get("private_test_cases") or "[]"
+    tests, packed = json.loads(row["public_test_cases"]), row.get("private_test_cases") or "[]"
     try:
         return tests + json.loads(packed)
     except json.JSONDecodeError:
         pass
     try:
-        text = PlainUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(packed)))).load()
-        return tests + json.loads(text)
+        return tests + json.loads(PlainUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(packed)))).load())
     except (ValueError, TypeError, zlib.error, pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
         raise ValueError(f"private tests of {row['question_id']} are not a pickled JSON string: {error}") from None
 
@@ -386,63 +352,19 @@ def lcb_tests(row: dict) -> list[dict]:
 def same_stdout(got: str, want: str) -> bool:
     """Equal lines after stripping; a line that differs may hold the same numbers written differently."""
     ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (got, want))
-    if len(ours) != len(theirs):
+    return len(ours) == len(theirs) and all(map(same_line, ours, theirs))
+
+
+def same_line(got: str, want: str) -> bool:
+    try:
+        return got == want or [Decimal(token) for token in got.split()] == [Decimal(token) for token in want.split()]
+    except InvalidOperation:
         return False
-    for a, b in zip(ours, theirs, strict=True):
-        if a == b:
-            continue
-        try:
-            if [Decimal(token) for token in a.split()] != [Decimal(token) for token in b.split()]:
-                return False
-        except InvalidOperation:
-            return False
-    return True
 
 
 def same_return(got: str, want: str) -> bool:
-    """Equal values where the expected one is JSON; a tuple counts as a list."""
+    """Equal values, both written as JSON, where a tuple is a list."""
     try:
-        value = parse_literal(got, max_chars=1 << 26)
-        return bool(_lists(value) == json.loads(want))
-    except (BadLiteral, json.JSONDecodeError):
+        return json.loads(got) == json.loads(want)
+    except (json.JSONDecodeError, RecursionError):
         return False
-
-
-def _lists(value):
-    if isinstance(value, list | tuple):
-        return [_lists(item) for item in value]
-    return {str(k): _lists(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def score_lcb(
-    pairs: Sequence[tuple[dict, str | None]], *, executor: Executor | None = None, progress: Progress = None
-) -> list[float]:
-    """1.0 for each (row, code) that passes all tests of its problem, public and private.
-
-    Every test runs in a fresh process. Tests go out in growing rounds, so that a solution that fails or hangs early
-    costs little.
-    """
-    tests = [lcb_tests(row) for row, _ in pairs]
-    alive = [i for i, (_, code) in enumerate(pairs) if code and tests[i]]
-    with nullcontext(executor) if executor else code_executor() as runner:
-        start = 0
-        for size in (1, 4, *repeat(16, max(map(len, tests), default=0) // 16 + 1)):
-            batch = [(i, test) for i in alive for test in tests[i][start : start + size]]
-            jobs = [(lcb_program(*pairs[i], test), test["input"]) for i, test in batch]
-            failed = set()
-            for (i, test), (claim, _) in zip(
-                batch, run_claims(runner, jobs, [LCB_LIMIT_S] * len(jobs), progress), strict=True
-            ):
-                same = same_stdout if test["testtype"] == "stdin" else same_return
-                if claim is None or not same(claim, test["output"]):
-                    failed.add(i)
-            alive, start = [i for i in alive if i not in failed], start + size
-    return [float(i in set(alive)) for i in range(len(pairs))]
-
-
-def lcb_program(row: dict, code: str, test: dict) -> str:
-    """The program whose ENTRY runs `code` on the text of one test."""
-    if test["testtype"] == "stdin":
-        return RUN_STDIN.format(entry=ENTRY, source=LCB_PRELUDE + code)
-    name = json.loads(row.get("metadata") or "{}").get("func_name", "")
-    return RUN_FUNCTION.format(claim=CLAIM, entry=ENTRY, source=LCB_PRELUDE + code, name=name)

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 from buffers import Task, save_tasks
-from policy.load import load_policy, make_engine
+from prompts import load_kinds
 from suites import compare as comparison
-from suites import judge_code as scoring_code
-from suites import scoring
+from suites import extract, judge_code, judge_math
 from suites import table as suites
+from suites.table import SUITES
 from tests.test_policy import build_model
 
 BENCH = Path(os.environ.get("AZR_BENCH", Path(__file__).parent.parent / "../shared/bench"))
@@ -48,7 +48,7 @@ def stored(name):
 
 @pytest.fixture(scope="module")
 def sandbox():
-    with scoring_code.code_executor(2) as executor:
+    with judge_code.code_executor(2) as executor:
         yield executor
 
 
@@ -70,9 +70,7 @@ def test_verdicts_equal_evalplus(data, samples, plus, sandbox):
     rows = {row["task_id"]: row for row in rows_of(data)}
     solutions, verdicts = stored(samples)
     solutions = [s for s in solutions if not plus or s["task_id"] not in SLOW]
-    scores = scoring_code.score_evalplus(
-        [(rows[s["task_id"]], s["solution"]) for s in solutions], plus=plus, executor=sandbox
-    )
+    scores = judge_code.judge_evalplus(sandbox, [(rows[s["task_id"]], s["solution"]) for s in solutions], plus=plus)
     ours = {s["task_id"]: bool(score) for s, score in zip(solutions, scores, strict=True)}
     theirs = {task: verdicts[task]["plus" if plus else "base"] for task in ours}
     assert len(ours) > 10
@@ -90,11 +88,11 @@ def test_reference_solutions_pass(sandbox):
     rows = rows_of("HumanEvalPlus") + rows_of("MbppPlus")
     pairs = [(row, row["prompt"] + row["canonical_solution"]) for row in rows]
     assert len(pairs) == 164 + 378
-    assert scoring_code.score_evalplus(pairs, plus=False, executor=sandbox) == [1.0] * len(pairs)
-    one_per_type = {f"Mbpp/{ids.split()[0]}" for ids, _ in scoring_code.MBPP_TYPES.values()}
+    assert judge_code.judge_evalplus(sandbox, pairs, plus=False) == [1.0] * len(pairs)
+    one_per_type = {f"Mbpp/{ids.split()[0]}" for ids, _ in judge_code.MBPP_TYPES}
     special = one_per_type | {"HumanEval/32"} | {f"Mbpp/{i}" for i in (164, 295, 558, 581, 737, 787, 794, 7, 140, 769)}
     pairs = [(row, code) for row, code in pairs if row["task_id"] in special - SLOW]
-    assert scoring_code.score_evalplus(pairs, plus=True, executor=sandbox) == [1.0] * len(pairs)
+    assert judge_code.judge_evalplus(sandbox, pairs, plus=True) == [1.0] * len(pairs)
 
 
 TASK = {
@@ -110,7 +108,7 @@ GOOD = "def total(xs):\n    return sum(xs)\n"
 
 
 def score(*codes, row=TASK, plus=True, sandbox=None):
-    return scoring_code.score_evalplus([(row, code) for code in codes], plus=plus, executor=sandbox)
+    return judge_code.judge_evalplus(sandbox, [(row, code) for code in codes], plus=plus)
 
 
 def test_comparison_rules(sandbox):
@@ -124,7 +122,10 @@ def test_comparison_rules(sandbox):
     assert score(near, far, row=floats, sandbox=sandbox) == [1.0, 0.0]
     # EvalPlus's tolerance starts with the first float of a group: an int before it must be met exactly.
     assert score(near, sandbox=sandbox) == [0.0]
-    same = partial(scoring_code.same_outputs, TASK, [[0], [0]])
+
+    def same(gold, claims):
+        return judge_code.same_outputs(TASK, [[0], [0]], "\n".join(gold), "\n".join(claims))
+
     assert same(["0.5", "1.0"], ["0.5000001", "1.0"])
     assert not same(["0.5", "1"], ["0.5", "1.0000001"])  # types differ
     assert same(["[0.5]", "(1.0,)"], ["[0.5]", "(1.0000001,)"])
@@ -156,7 +157,7 @@ def test_evil_solutions_cost_only_themselves(sandbox, tmp_path):
         "exit": "import os\ndef total(xs):\n    os._exit(0)\n",
         "exit at import": "raise SystemExit(0)\n",
         "fork": "import os\ndef total(xs):\n    while True:\n        os.fork()\n",
-        "memory": "def total(xs):\n    a = []\n    while True:\n        a.append(bytearray(1 << 28))\n",
+        "memory": "def total(xs):\n    a = []\n    while True:\n        a.append(bytes(1 << 28))\n",
         "always equal": "class E:\n    def __eq__(s, o): return True\n    def __float__(s): return 3.0\n"
         "def total(xs):\n    return E()\n",
         "equal number": "class E(float):\n    def __eq__(s, o): return True\ndef total(xs):\n    return E(3)\n",
@@ -173,12 +174,12 @@ def test_evil_solutions_cost_only_themselves(sandbox, tmp_path):
 
 
 def test_endless_loop_fails_alone(sandbox, monkeypatch):
-    monkeypatch.setattr(scoring_code, "MIN_LIMIT_S", 1.0)
+    monkeypatch.setattr(judge_code, "MIN_LIMIT_S", 1.0)
     assert score("def total(xs):\n    while True: pass\n", GOOD, sandbox=sandbox) == [0.0, 1.0]
 
 
 def test_slow_but_honest_solution_has_the_limit_per_sixth(sandbox, monkeypatch):
-    monkeypatch.setattr(scoring_code, "MIN_LIMIT_S", 0.5)
+    monkeypatch.setattr(judge_code, "MIN_LIMIT_S", 0.5)
     row = TASK | {"base_input": [[[i]] for i in range(6)], "plus_input": []}
     wait = "    end = time.process_time() + 0.2\n    while time.process_time() < end: pass\n"
     slow = f"import time\ndef total(xs):\n{wait}    return sum(xs)\n"
@@ -187,8 +188,8 @@ def test_slow_but_honest_solution_has_the_limit_per_sixth(sandbox, monkeypatch):
 
 def test_sanitize_keeps_the_solution_only():
     code = "import os\nA = 1\n\n@wraps\ndef f(x):\n    return x\n\nassert f(1) == 2\nprint(f(1))\nThat is all"
-    assert scoring.sanitize(code) == "import os\nA = 1\n@wraps\ndef f(x):\n    return x"
-    assert scoring.sanitize("no code at all") == "no code at all"
+    assert extract.sanitize(code) == "import os\nA = 1\n@wraps\ndef f(x):\n    return x"
+    assert extract.sanitize("no code at all") == "no code at all"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def test_lcb_stdin(sandbox):
         "print('6 ')\nprint()\n1 / 0": 0.0,
         "input()\nprint('six')": 0.0,
     }
-    scores = scoring_code.score_lcb([(row, code) for code in codes], executor=sandbox)
+    scores = SUITES["lcb"].score([(row, code) for code in codes], sandbox)
     assert dict(zip(codes, scores, strict=True)) == codes
 
 
@@ -228,7 +229,7 @@ def test_lcb_functional_and_private_tests(sandbox):
     row = problem([("[1, 2]\n3", "[1, 2, 3]")], "class Solution:", "push", packed)
     right = "class Solution:\n    def push(self, xs: List[int], x: int):\n        return tuple(xs + [x])"
     public_only = "def push(xs, x):\n    return [1, 2, 3]"
-    assert scoring_code.score_lcb([(row, right), (row, public_only), (row, None)], executor=sandbox) == [1.0, 0.0, 0.0]
+    assert SUITES["lcb"].score([(row, right), (row, public_only), (row, None)], sandbox) == [1.0, 0.0, 0.0]
 
 
 def test_unpickler_refuses_globals():
@@ -239,11 +240,11 @@ def test_unpickler_refuses_globals():
     for payload in (Evil(), os.path.join, Path("x")):
         packed = base64.b64encode(zlib.compress(pickle.dumps(payload))).decode()
         with pytest.raises(ValueError, match="private tests of q"):
-            scoring_code.lcb_tests(problem([], private=packed))
+            judge_code.lcb_tests(problem([], private=packed))
 
 
 def test_same_stdout():
-    same = scoring_code.same_stdout
+    same = judge_code.same_stdout
     assert same(" 1 2 \nYES\n\n", "1 2\nYES") and same("1.0 2", "1 2.00") and same("1e3", "1000")
     assert not same("1\n2", "1 2") and not same("yes", "YES") and not same("1.0001", "1.0")
 
@@ -253,16 +254,16 @@ def test_same_stdout():
 
 
 @needs_bench
-@pytest.mark.parametrize(("side", "kind"), [("o", "deduction"), ("i", "abduction")])
-def test_cruxeval_verdicts(side, kind):
+@pytest.mark.parametrize("side", ["o", "i"])
+def test_cruxeval_verdicts(side):
     """As the reference, by the stricter of its two rules (values, not precedence inside an assert)."""
     rows = {row["id"]: row for row in rows_of("cruxeval")}
-    samples, verdicts = stored(f"cruxeval_{side}_qwen25coder05b")
+    suite, (samples, verdicts) = SUITES[f"cruxeval-{side}"], stored(f"cruxeval_{side}_qwen25coder05b")
     pairs = []
     for sample in samples:
-        item = suites.cruxeval_item(kind, rows[sample["task_id"]], 0)
-        pairs.append((item.gold, scoring.extract_assert(sample["completion"], "output" if side == "o" else "input")))
-    ours = {s["task_id"]: bool(v) for s, v in zip(samples, scoring.score_reasoning(pairs), strict=True)}
+        gold = suite.item(rows[sample["task_id"]], 0).gold
+        pairs.append((gold, extract.extract_assert(sample["completion"], suite.side)))
+    ours = {s["task_id"]: bool(v) for s, v in zip(samples, suite.score(pairs), strict=True)}
     assert ours == {task: verdicts[task]["azr_rule_pass"] for task in ours}
 
 
@@ -273,30 +274,30 @@ def test_cruxeval_golds_pass():
     refuses."""
     rows = rows_of("cruxeval")
     failed = {}
-    for kind, field in (("deduction", "output"), ("abduction", "input")):
-        pairs = [(suites.cruxeval_item(kind, row, 0).gold, row[field]) for row in rows]
-        scores = scoring.score_reasoning(pairs)
+    for kind, name in (("deduction", "cruxeval-o"), ("abduction", "cruxeval-i")):
+        suite = SUITES[name]
+        scores = suite.score([(suite.item(row, 0).gold, row[suite.side]) for row in rows])
         failed[kind] = {int(row["id"].split("_")[1]) for row, score in zip(rows, scores, strict=True) if not score}
     assert len(rows) == 800 and failed["deduction"] == set()
     assert failed["abduction"] <= {152, 239, 258, 344, 364, 378, 522, 694, 720, 760, 770, 135, 621, 683}
 
 
-def test_rename_to_f():
-    assert scoring.rename_to_f("def g(a, b=1):\n    return g(a - 1) + x.g if a else b", "g(b = 's', a = 3)", "g") == (
-        "def f(a, b=1):\n    return f(a - 1) + x.g if a else b",
-        "3, 's'",
-    )
-    code, arguments = scoring.rename_to_f("def g(f):\n    return [f for f in f]", "g([1])", "g")
-    space = {}
-    exec(code, space)
-    assert space["f"](*eval(f"({arguments},)")) == [1]
+def test_lcb_execution_asks_about_f_with_the_arguments_alone():
+    def ask(code, call):
+        row = {"code": code, "input": call, "output": "1", "function_name": "g"}
+        item, space = SUITES["lcb-execution"].item(row, 0), {}
+        exec(item.gold.program, space)
+        return eval(f"f({item.gold.inputs[0]})", space)
+
+    assert ask("def g(a, b=1):\n    return g(a - 1, b) + b if a else b", "g(b = 's', a = 3)") == "ssss"
+    assert ask("def g(f):\n    return [f for f in f]", "g([1])") == [1]
 
 
 def test_extract_assert():
     text = "assert f([1], 'a == b') == 'x == y'\nmore"
-    assert scoring.extract_assert(text, "input") == "[1], 'a == b'"
-    assert scoring.extract_assert(text, "output") == "'x == y'"
-    assert scoring.extract_assert("the answer is 3", "output") is None
+    assert extract.extract_assert(text, "input") == "[1], 'a == b'"
+    assert extract.extract_assert(text, "output") == "'x == y'"
+    assert extract.extract_assert("the answer is 3", "output") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,8 +311,10 @@ def test_math_pairs():
     rows = [json.loads(line) for line in (BENCH / "parity/math_pairs.jsonl").read_text().splitlines()]
     improved = 0
     for row in rows:
-        raw = scoring.math_equal(row["prediction"], row["gold"], normalise=False, call=row["call"])
-        ours = scoring.math_equal(row["prediction"], row["gold"], call=row["call"])
+        raw = judge_math.math_equal(row["prediction"], row["gold"], normalise=False, call=row["call"])
+        texts = [row["prediction"], row["gold"]]
+        changed = list(map(judge_math.normalise_math, texts)) != texts
+        ours = judge_math.math_equal(*texts, call=row["call"]) if changed else raw
         assert raw == row["expected"], row
         assert ours == raw or ours == row["intended"], row
         improved += ours != raw
@@ -321,12 +324,12 @@ def test_math_pairs():
 def test_math_equal_cases():
     pytest.importorskip("math_verify", reason="math-verify is not installed: pip install -r requirements-eval.txt")
     big = ["3e8", "3e8.", "3 \\times 10^{8}", "3E8", "3.0e+8", "300000000", "30 \\times 10^7"]
-    assert all(scoring.math_equal(a, b) for a, b in itertools.product(big, big))
+    assert all(judge_math.math_equal(a, b) for a, b in itertools.product(big, big))
     different = [("3e9", "3e8"), ("1e-3", "1e3"), ("12 and 13", "1213"), ("t+1", "a+1"), ("27.5", "275"), ("1.", "11"),
                  ("2i", "2"), ("3e8", "38"), ("x", "y"), ("2\\,013", "213")]  # fmt: skip
-    assert not any(scoring.math_equal(a, b) or scoring.math_equal(b, a) for a, b in different)
-    assert scoring.math_equal("448.", "448") and scoring.math_equal("2\\,013", "2013")
-    assert scoring.math_equal("12,\\!000", "12000") and scoring.math_equal("1{,}234", "1234")
+    assert not any(judge_math.math_equal(a, b) or judge_math.math_equal(b, a) for a, b in different)
+    assert judge_math.math_equal("448.", "448") and judge_math.math_equal("2\\,013", "2013")
+    assert judge_math.math_equal("12,\\!000", "12000") and judge_math.math_equal("1{,}234", "1234")
 
 
 @needs_bench
@@ -335,13 +338,13 @@ def test_math_golds_match_themselves():
     for name in suites.TABLE1["math"]:
         _, items, _ = suites.load_items(name, BENCH, {})
         items = items[:: 1 if len(items) <= 40 else 8]
-        assert [item.id for item in items if not scoring.math_equal(item.gold, item.gold)] == [], name
+        assert [item.id for item in items if not judge_math.math_equal(item.gold, item.gold)] == [], name
 
 
 def test_math_child_survives_a_hanging_pair(monkeypatch):
     pytest.importorskip("math_verify", reason="math-verify is not installed: pip install -r requirements-eval.txt")
-    monkeypatch.setattr(scoring, "MATH_LIMIT_S", 0.5)  # of the parent's patience; the child's own alarm is longer
-    assert scoring.judge_math([("1", "1"), ("10^{10^{10^{10}}}", "4"), ("2", "2"), ("3", "4")]) == [
+    monkeypatch.setattr(judge_math, "LIMIT_S", 0.5)  # of the parent's patience; the child's own alarm is longer
+    assert judge_math.judge_math([("1", "1"), ("4", "10^{10^{10^{10}}}"), ("2", "2"), ("4", "3")]) == [
         True,
         False,
         True,
@@ -362,7 +365,7 @@ def test_extract_math():
         "I do not know 3": None,
         "<answer></answer>": None,
     }
-    assert {text: scoring.extract_math(text) for text in cases} == cases
+    assert {text: extract.extract_math(text) for text in cases} == cases
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,8 +464,8 @@ def test_samples_file_that_misses_tasks(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = build_model(tmp_path_factory.mktemp("model"))
-    policy, tokenizer = load_policy(str(folder), "cpu", "float32")
-    engine = make_engine("transformers", str(folder), policy, tokenizer, max_model_len=2048)
+    command = ["--suites", "reasoning", "--model", str(folder), "--engine", "transformers", "--max-model-len", "2048"]
+    engine, tokenizer = evaluate.open_engine(evaluate.parse_arguments(command))
     return folder, engine, tokenizer
 
 
@@ -563,6 +566,28 @@ def test_tasks_file_reports_kinds_and_depths(model, tmp_path):
     responses = [f"because</think>\n<answer>\n{gold[item.gold.kind]}\n</answer>" for item in items]
     answers = [suite.extract(item, response) for item, response in zip(items, responses, strict=True)]
     assert suite.score([(i.gold, a) for i, a in zip(items, answers, strict=True)]) == [1.0, 1.0, 1.0]
+
+
+def test_kinds_of_a_file_are_asked_and_judged(model, tmp_path, capsys):
+    spec = f"tasks:{tmp_path / 'held.jsonl'}"
+    example = str(Path(__file__).parent.parent / "examples/rewriting.py")
+    kinds = load_kinds(f"deduction,{example}")
+    tasks = [kind.zero() for kind in kinds.values()]
+    save_tasks(tmp_path / "held.jsonl", tasks)
+    right = [f"because</think>\n<answer>\n{kinds[task.kind].gold(task)}\n</answer>" for task in tasks]
+    lines = [{"task_id": task.id, "completion": text} for task, text in zip(tasks, right, strict=True)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["--suites", spec, "--out", str(tmp_path / "out"), "--samples-file", str(tmp_path / "samples.jsonl")]
+    assert evaluate.main([*command, "--tasks", f"deduction,{example}"]) == 0
+    groups = json.loads((tmp_path / "out/results.json").read_text())[spec]["groups"]
+    assert groups == {name: {"accuracy": 1.0, "n": 1} for name in ("deduction", "rewriting")}
+    record = evaluate.run_suites([spec], *model[1:], data_dir=tmp_path, kinds=kinds, max_tokens=4)[spec]
+    assert record["n"] == 2 and record["accuracy"] == 0.0
+    capsys.readouterr()
+    for wrong, says in ((command, "held.jsonl, line 2"), ([*command, "--tasks", "divination"], "divination")):
+        assert evaluate.main(wrong) == 2
+        message = capsys.readouterr().err.strip()
+        assert says in message and "\n" not in message
 
 
 def test_summary_shows_the_averages_of_table_1():
