@@ -1,8 +1,8 @@
-"""The executor's kernel layers: what Linux enforces on a program, whatever the program manages to do.
+"""The kernel's layers: what Linux enforces on a program, whatever the program manages to do.
 
-`child.py` builds one `Layers`, calls `confine` in the fork server (what can be set once is set once and is
-inherited: no cost per job) and `enter_child` in every child. Nothing here needs root, a library or a privilege: each
-layer is tried and `Layers.active` says which ones hold. Ordered by what they are worth:
+`child.py` builds one `Layers`, calls `confine` in the fork server (inherited: no cost per job) and `enter_child` in every
+child. Nothing here needs root, a library or a privilege: each layer is tried and `Layers.active` says which ones hold.
+By what they are worth:
 
     seccomp        a child may compute, write its pipe and end; anything else kills it. This is the boundary.
     rlimits        CPU, address space, file size, processes
@@ -10,9 +10,9 @@ layer is tried and `Layers.active` says which ones hold. Ordered by what they ar
     namespaces     an empty root folder, no network, as root or where users may create them
     another uid    when started as root: an id nobody has, no capabilities
 
-What it deliberately leaves out, since seccomp already refuses what they would: a pid namespace (its waiting launcher
-would double the memory of a lane), cgroups (they need root or delegation). On macOS only the rlimits remain, and there
-the one on memory is not enforced. Paper: arXiv 2505.03335 runs programs without isolation; this is ours.
+What it deliberately leaves out, since seccomp refuses what they would: a pid namespace (its waiting launcher would
+double a lane's memory), cgroups (they need root). On macOS only the rlimits remain, and there not the one on memory.
+Paper: arXiv 2505.03335 runs programs without isolation; this is ours. Usage: through `child.py`.
 """
 
 import os
@@ -77,10 +77,10 @@ class Layers:
         longs = [self.ctypes.c_long(a) if isinstance(a, int) else a for a in args]
         return getattr(self.libc, name)(*longs)
 
-    def confine(self) -> None:
+    def confine(self, file_bytes: int) -> None:
         """Namespaces, another uid, no capabilities, no_new_privs, Landlock; then try seccomp in a throw-away child."""
-        for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
-            resource.setrlimit(limit, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
         if self.libc is None:
             return
         self.unshare()
@@ -146,11 +146,11 @@ class Layers:
         if self.call("prctl", PR_SET_SECCOMP, 2, self.filter, 0, 0) != 0:
             os._exit(1)  # the probe said it works: better no claim at all than an unconfined program
 
-    def enter_child(self, cpu_s: float, memory: int) -> None:
+    def enter_child(self, cpu_s: float, memory: int, processes: int) -> None:
         os.setsid()  # a group of its own, so that whatever it may start dies with it
         cpu = int(cpu_s) + 2
         resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))  # a backstop; the server reads the clock
-        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
         if self.base:
             resource.setrlimit(resource.RLIMIT_AS, (self.base + memory, self.base + memory))
         if self.libc is not None:
