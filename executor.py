@@ -41,18 +41,18 @@ from pathlib import Path
 if sys.platform == "win32":
     raise ImportError("the executor cannot contain programs on Windows: use Linux, macOS or WSL")
 
-from sandbox.lanes import Fork, Lane, Reply, close_lanes, drive
-from sandbox.literals import INT_BITS, LITERAL_DEPTH, OUTPUT_DEPTH, BadLiteral, Refused, canonical, serialise
-from sandbox.literals import parse_arguments, parse_literal
+from sandbox import literals
+from sandbox.child import words
+from sandbox.lanes import Pool
+from sandbox.literals import BadLiteral, Refused, canonical, parse_arguments, parse_literal, serialise
 
 __all__ = ["Executor", "Limits", "Judgement", "Result", "Verdict", "BadLiteral", "canonical", "parse_arguments"]
 __all__ += ["parse_literal", "same_value", "ALLOWED_MODULES"]
 
-ALLOWED_MODULES = (
+ALLOWED_MODULES = words(
     "__future__ abc array bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions "
     "functools heapq itertools json math numbers operator re statistics string textwrap typing unicodedata"
-).split()
-
+)
 Jobs = Sequence[tuple[str, Sequence[str]]]  # (program, argument texts of each call)
 Progress = Callable[[int], None] | None  # called, in the caller's thread, with the number of jobs newly done
 
@@ -74,15 +74,15 @@ class Limits:
     memory_mb: int = limit(256, "MB", "memory of a call in `validate`; a quarter more in `run` and `verify`")
     max_source_chars: int = limit(20_000, "chars", "length of a program")
     max_literal_chars: int = limit(20_000, "chars", "length of an input or an answer")
-    literal_depth: int = limit(LITERAL_DEPTH, "levels", "nesting of an input or an answer", fixed=True)
+    literal_depth: int = limit(literals.LITERAL_DEPTH, "levels", "nesting of an input or an answer", fixed=True)
     max_output_chars: int = limit(10_000, "chars", "length of an output")
-    output_depth: int = limit(OUTPUT_DEPTH, "levels", "nesting of an output", fixed=True)
-    int_bits: int = limit(INT_BITS, "bits", "size of a whole number in any of them", fixed=True)
+    output_depth: int = limit(literals.OUTPUT_DEPTH, "levels", "nesting of an output", fixed=True)
+    int_bits: int = limit(literals.INT_BITS, "bits", "size of a whole number in any of them", fixed=True)
     processes: int = limit(0, "", "processes a program may start", fixed=True)
     file_bytes: int = limit(0, "bytes", "what a program may write to a file", fixed=True)
     inputs_per_fork: int = limit(32, "calls", "calls of one program that share a child")
     growth: int = limit(4, "x", "memory of a server, in multiples of that at its start: it is started again")
-    deaths: int = limit(3, "a lane", "servers that die in a row before a batch gives up")
+    deaths: int = limit(6, "", "times in a row that a server may die before the batch is given up")
 
 
 class Verdict(StrEnum):
@@ -116,6 +116,11 @@ class Result:
     def ok(self) -> bool:
         return self.verdict is Verdict.OK
 
+    @property
+    def answered(self) -> bool:
+        """The call returned or raised, which other calls can be compared with; nothing ended it from outside."""
+        return self.ok or self.stage != ""
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -139,7 +144,7 @@ def agree(claims: Sequence[Result]) -> Result:
     raise an exception of the same class at the same stage. Anything else a call came to, say a limit, decides alone.
     """
     for claim in claims:
-        if not claim.ok and not claim.stage:
+        if not claim.answered:
             return claim
     first = claims[0]
     for claim in claims:
@@ -202,10 +207,11 @@ class Executor:
         self.literal_chars = max(self.limits.max_literal_chars, self.limits.max_output_chars)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = max(len(hash_seeds), lanes or min(32, 2 * cores))
-        config = {"modules": list(modules), "gate": gate, "full_builtins": full_builtins, "entry": entry}
+        config = {"modules": sorted(modules), "gate": gate, "full_builtins": full_builtins, "entry": entry}
         config |= {"isolation": isolation} | asdict(self.limits)
-        self.lanes = [Lane(self.hash_seeds[i % len(self.hash_seeds)], config) for i in range(count)]
-        self.close = weakref.finalize(self, close_lanes, self.lanes)  # also when forgotten, also at exit
+        self.pool = Pool(count, self.hash_seeds, config)
+        self.lanes = self.pool.lanes
+        self.close = weakref.finalize(self, self.pool.close)  # also when forgotten, also at exit
         self.layers: dict = self.lanes[0].greet() | {"gate": gate, "full_builtins": full_builtins}
         if isolation == "require" and not self.layers["seccomp"]:
             self.close()
@@ -273,30 +279,28 @@ class Executor:
 
 @dataclass(eq=False)
 class Cell:
-    """One distinct (program, input) of a batch: everyone who asked for it, and what its calls have claimed so far."""
+    """One distinct call of a program: the (job, input) pairs that asked for it, and what it has claimed so far."""
 
-    call: bytes | None  # marshalled (arguments, keyword arguments): trusted data on its way down
-    places: list[tuple[int, int]] = field(default_factory=list)  # (job, input)
+    call: bytes  # marshalled (arguments, keyword arguments): trusted data on its way down
+    places: list[tuple[int, int]] = field(default_factory=list)
     claims: list[Result] = field(default_factory=list)
     cpu_s: float = 0.0
 
 
 class Batch:
-    """Finds identical (program, input) pairs (they run once), groups them into forks and follows up what comes back:
-    the calls that a death left without a line, the next hash seed. `results` has one list per job.
-
-    checked    validation: every hash seed, several calls in each process
-    patient    go on with a job's other inputs after one of them timed out
-    """
+    """Finds identical (program, input) pairs, which run once, and has each program's calls examined; `results` has a
+    list per job. `checked`: every hash seed, several calls in each process. `patient`: go on with a job's other inputs
+    after one of them timed out."""
 
     def __init__(
         self, executor: Executor, jobs: Jobs, progress: Progress, cpu_s, checked: bool = False, patient: bool = True
     ) -> None:
         if not executor.close.alive:
             raise RuntimeError("this executor is closed: make a new one")
-        self.limits, self.literal_chars, self.patient = executor.limits, executor.literal_chars, patient
+        self.executor, self.limits, self.patient = executor, executor.limits, patient
         self.seeds = executor.hash_seeds if checked else executor.hash_seeds[:1]
         self.repeats = executor.repeats if checked else 1
+        self.memory = (self.limits.memory_mb << 20) * (4 if checked else 5) // 4
         self.results: list[list] = [[None] * len(inputs) for _, inputs in jobs]
         self.progress = progress or (lambda n: None)
         self.progress(self.results.count([]))
@@ -306,19 +310,19 @@ class Batch:
         for j, ((program, inputs), limit) in enumerate(zip(jobs, seconds, strict=True)):
             for i, text in enumerate(inputs):
                 if len(program) > self.limits.max_source_chars:
-                    self.settle(Cell(b"", [(j, i)]), Result(Verdict.SOURCE_TOO_LARGE))
+                    self.settle([Cell(b"", [(j, i)], [Result(Verdict.SOURCE_TOO_LARGE)])])
                 elif (call := marshalled(text)) is None:
-                    self.settle(Cell(b"", [(j, i)]), Result(Verdict.BAD_INPUT))
+                    self.settle([Cell(b"", [(j, i)], [Result(Verdict.BAD_INPUT)])])
                 else:
                     cells = programs.setdefault((program, limit), {})
                     cells.setdefault(call, Cell(call)).places.append((j, i))
-        memory, size = (self.limits.memory_mb << 20) * (4 if checked else 5) // 4, self.limits.inputs_per_fork
-        forks = [
-            Fork(self.seeds[0], program, list(cells.values())[i : i + size], self.repeats, limit, memory)
+        size = self.limits.inputs_per_fork
+        parts = [
+            (program, limit, list(cells.values())[i : i + size])
             for (program, limit), cells in programs.items()
             for i in range(0, len(cells), size)
         ]
-        drive([lane for lane in executor.lanes if lane.seed in self.seeds], forks, self.follow)
+        executor.pool.each(self.examine, parts, self.settle)
 
     def marshalled(self, text: str) -> bytes | None:
         """The arguments of a call, or None if the text is no list of literals."""
@@ -329,40 +333,40 @@ class Batch:
         except BadLiteral:
             return None
 
-    def settle(self, cell: Cell, result: Result) -> None:
-        for j, i in cell.places:
-            self.results[j][i] = replace(result, cpu_s=cell.cpu_s)
-            self.progress(int(all(self.results[j])))
+    def settle(self, cells: list[Cell]) -> None:
+        for cell in cells:
+            result = replace(agree(cell.claims), cpu_s=cell.cpu_s)
+            for j, i in cell.places:
+                self.results[j][i] = result
+                self.progress(int(all(self.results[j])))
 
-    def follow(self, fork: Fork, reply: Reply) -> list[Fork]:
-        """From the lines of one child to results; returns the forks that are still to run."""
-        again, confirm = [], []
-        later = self.seeds[self.seeds.index(fork.seed) + 1 :]
-        for place, cell in enumerate(fork.cells):
-            cell.cpu_s += reply.cpu_s / len(fork.cells)
-            lines = reply.lines[place * self.repeats : (place + 1) * self.repeats]
-            died = len(lines) < self.repeats
-            cell.claims += map(self.read, [reply.cause] if died else lines)
-            result = agree(cell.claims)
-            if later and (result.ok or result.stage):
-                confirm.append(cell)
-            else:
-                self.settle(cell, result)
-            if died:
-                again = fork.cells[place + 1 :]
-                if result.verdict is Verdict.TIMEOUT and not self.patient:
-                    again = self.give_up(cell, again)
-                break
-        forks = [replace(fork, cells=again)] if again else []
-        return forks + ([replace(fork, cells=confirm, seed=later[0])] if confirm else [])
+    def examine(self, part: tuple[str, float, list[Cell]]) -> list[Cell]:
+        """Collect the claims of a program's calls, seed by seed, in the thread of a lane. A call that kills its child
+        leaves none: then the cause of death is its claim, and another child goes on behind it."""
+        (program, cpu_s, cells), repeats = part, self.repeats
+        for seed in self.seeds:
+            left = [cell for cell in cells if not cell.claims or agree(cell.claims).answered]
+            while left:
+                calls = [cell.call for cell in left]
+                lines, cause, spent = self.executor.pool.ask(seed, program, calls, repeats, cpu_s, self.memory)
+                for cell in left:
+                    cell.cpu_s += spent / len(left)
+                whole = len(lines) // repeats
+                for n, cell in enumerate(left[:whole]):
+                    cell.claims += map(self.read, lines[n * repeats : (n + 1) * repeats])
+                died, left = left[whole : whole + 1], left[whole + 1 :]
+                for cell in died:
+                    cell.claims.append(self.read(cause))
+                    if cell.claims[-1].verdict is Verdict.TIMEOUT and not self.patient:
+                        left = self.spare(left, {job for job, _ in cell.places})
+        return cells
 
-    def give_up(self, late: Cell, rest: list[Cell]) -> list[Cell]:
-        """Do not try the other inputs of the jobs that asked for a cell that timed out; returns what is left to run."""
-        jobs = {j for j, _ in late.places}
-        for cell in rest:
-            self.settle(Cell(b"", [p for p in cell.places if p[0] in jobs]), Result(Verdict.TIMEOUT, error="not tried"))
-            cell.places = [p for p in cell.places if p[0] not in jobs]
-        return [cell for cell in rest if cell.places]
+    def spare(self, cells: list[Cell], late: set[int]) -> list[Cell]:
+        """The cells to go on with after a timeout: those that another job than the late ones asked for."""
+        skipped = [cell for cell in cells if late.issuperset(job for job, _ in cell.places)]
+        for cell in skipped:
+            cell.claims.append(Result(Verdict.TIMEOUT, error="not tried"))
+        return [cell for cell in cells if cell not in skipped]
 
     def read(self, line: str) -> Result:
         """One claim, believed only as far as its form allows; its text is parsed and written anew."""
@@ -370,8 +374,10 @@ class Batch:
         error = text if len(text) <= 64 and text.replace(".", "_").isidentifier() else ""
         try:
             if word == "ok":
-                value = parse_literal(text, self.literal_chars)
-                return Result(Verdict.OK, serialise(value, self.limits.max_output_chars, max_depth=LITERAL_DEPTH))
+                value = parse_literal(text, self.executor.literal_chars)
+                return Result(
+                    Verdict.OK, serialise(value, self.limits.max_output_chars, max_depth=literals.LITERAL_DEPTH)
+                )
             if word in ("load", "call"):
                 return Result(Verdict.RUNTIME_ERROR, error=error, stage=word)
             return Result(Verdict(word), error=error)

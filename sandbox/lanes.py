@@ -1,4 +1,4 @@
-"""The trusted end of the lanes: starts fork servers (`child.py`) by exec, a thread waits for each while a batch runs.
+"""The trusted end of the lanes: starts fork servers (`child.py`) by exec; while a batch runs, a thread waits for each.
 
 A server is started with a fixed hash seed in an otherwise empty environment, with no descriptor but its socket, before
 the trainer grows or touches a GPU, and is never forked from the trainer. It ends when its socket does, so nothing
@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -27,27 +26,6 @@ from sandbox.child import FRAME, HEAD, receive
 
 # The repository goes to the end of the path: none of its files may shadow a standard module.
 BOOT = "import sys; sys.path.append(sys.argv.pop(1)); import sandbox.child; sandbox.child.main()"
-
-
-@dataclass(frozen=True)
-class Fork:
-    """One child to come, in a server of this hash seed: a program and some of its calls (`cell.call`, marshalled)."""
-
-    seed: int
-    program: str
-    cells: list
-    repeats: int
-    cpu_s: float
-    memory: int
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a child claimed, a line `verdict TAB text` per repeat of each call; `cause`: why the next line is missing."""
-
-    lines: list[str]
-    cause: str = ""
-    cpu_s: float = 0.0
 
 
 class Lane:
@@ -75,40 +53,27 @@ class Lane:
                 start_new_session=True,  # Ctrl-C is for the trainer; the server ends when its socket does
             )
 
+    def message(self, patience: float) -> bytes:
+        """What the server says next. EOFError, OSError: it ended, or said nothing for so many seconds."""
+        self.socket.settimeout(patience)
+        return receive(self.inbox)
+
     def greet(self) -> dict:
-        """Wait until the server is confined; returns the layers that hold. EOFError, OSError: it ended or hangs."""
-        self.socket.settimeout(self.config["hang_s"])
-        self.layers = json.loads(receive(self.inbox))
+        """Wait until the server is confined; returns the layers that hold there."""
+        self.layers = json.loads(self.message(self.config["hang_s"]))
         return self.layers
 
-    def ask(self, fork: Fork) -> Reply:
-        """Have one child run. A server that dies (or hangs and is killed) is started again, and the fork tried once
-        more: the program may be the cause. RuntimeError: the servers of this lane keep dying."""
-        attempts, lines = 0, len(fork.cells) * fork.repeats
-        while self.deaths < self.config["deaths"]:
-            try:
-                if self.process is None:
-                    self.start()
-                layers = self.layers or self.greet()
-                self.socket.settimeout(self.config["hang_s"] + lines * (self.config["wall_s"] + 100 * fork.cpu_s))
-                calls = [cell.call for cell in fork.cells]
-                job = marshal.dumps((fork.program, calls, fork.repeats, fork.cpu_s, fork.memory))
-                self.socket.sendall(FRAME.pack(len(job)) + job)
-                message = receive(self.inbox)
-                (cpu_s,), text = HEAD.unpack_from(message), message[HEAD.size :].decode("utf-8", "replace")
-                *claims, cause = text.split("\n")
-                self.deaths = 0
-                return Reply(claims, cause, cpu_s)
-            except (EOFError, OSError, struct.error):
-                status = self.close()
-            if status == -signal.SIGPROF:
-                return Reply(["timeout\tcompile"] * lines)
-            self.deaths += 1
-            attempts += status != 0  # 0: it retired because it had grown
-            if attempts == 2:
-                return Reply(["runtime_error\tserver_died"] * lines)
-        # a broken machine must not pass for wrong programs
-        raise RuntimeError("the executor's servers keep dying: run `python executor.py --doctor`")
+    def ask(self, job: bytes, patience: float) -> bytes | int:
+        """The server's reply to a job, or its exit status if it died or had to be killed; it is started at next use."""
+        try:
+            if self.process is None:
+                self.start()
+            if not self.layers:
+                self.greet()
+            self.socket.sendall(FRAME.pack(len(job)) + job)
+            return self.message(patience)
+        except (EOFError, OSError):
+            return self.close()
 
     def close(self) -> int:
         """End the server (and, by its parent-death signal, its child); returns its exit status."""
@@ -122,43 +87,64 @@ class Lane:
         return status
 
 
-def drive(lanes: Sequence[Lane], forks: Sequence[Fork], follow: Callable[[Fork, Reply], list[Fork]]) -> None:
-    """Have these forks run, and those that `follow(fork, reply)` returns, which is called in the caller's thread. Any
-    exception, Ctrl-C too, ends the servers that are busy."""
-    seeds = {lane.seed for lane in lanes}
-    free: dict[int, SimpleQueue] = {seed: SimpleQueue() for seed in seeds}
-    pools = {seed: ThreadPoolExecutor(sum(lane.seed == seed for lane in lanes)) for seed in seeds}
-    for lane in lanes:
-        free[lane.seed].put(lane)
+class Pool:
+    """All lanes of an executor."""
 
-    def ask(fork: Fork) -> tuple[Fork, Reply]:
-        lane = free[fork.seed].get()
+    def __init__(self, count: int, seeds: Sequence[int], config: dict) -> None:
+        self.config, self.stopping = config, False
+        self.lanes = [Lane(seeds[i % len(seeds)], config) for i in range(count)]
+        self.free: dict[int, SimpleQueue] = {seed: SimpleQueue() for seed in seeds}
+        for lane in self.lanes:
+            self.free[lane.seed].put(lane)
+
+    def ask(self, seed: int, program: str, calls: list[bytes], repeats: int, cpu_s: float, memory: int) -> tuple:
+        """Have one child of a server with this seed run a program and call it: (lines, cause, CPU seconds).
+
+        There is a line `verdict TAB text` for each repeat of each call; the cause is a line that says why the next one
+        is missing. A server that dies (or hangs and is killed) is started again and the job tried once more: the
+        program may be the reason. RuntimeError: it keeps dying, and that must not pass for a wrong program.
+        """
+        job, lines, attempts = marshal.dumps((program, calls, repeats, cpu_s, memory)), len(calls) * repeats, 0
+        lane = self.free[seed].get()
         lane.busy = True
         try:
-            return fork, lane.ask(fork)
+            while not self.stopping and lane.deaths < self.config["deaths"]:
+                reply = lane.ask(job, self.config["hang_s"] + lines * (self.config["wall_s"] + 100 * cpu_s))
+                if isinstance(reply, bytes):
+                    lane.deaths = 0
+                    *claims, cause = reply[HEAD.size :].decode("utf-8", "replace").split("\n")
+                    return claims, cause, *HEAD.unpack_from(reply)
+                if reply == -signal.SIGPROF:
+                    return ["timeout\tcompile"] * lines, "", 0.0
+                lane.deaths += 1
+                attempts += reply != 0  # 0: it had grown and retired
+                if attempts == 2:
+                    return ["runtime_error\tserver_died"] * lines, "", 0.0
+            raise RuntimeError("the executor's servers keep dying: run `python executor.py --doctor`")
         finally:
             lane.busy = False
-            free[fork.seed].put(lane)
+            self.free[seed].put(lane)
 
-    done, running = SimpleQueue(), 0
-    try:
-        while forks or running:
-            for fork in forks:
-                pools[fork.seed].submit(ask, fork).add_done_callback(done.put)
-            running += len(forks) - 1
-            forks = follow(*done.get().result())
-    finally:
-        for pool in pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
-        while any(lane.busy for lane in lanes):
-            for lane in lanes:
-                if lane.busy and (process := lane.process) is not None:
-                    process.kill()
-            time.sleep(0.01)
-        for pool in pools.values():
-            pool.shutdown()
+    def each(self, function: Callable, items: Sequence, done: Callable) -> None:
+        """done(function(item)) for each item: `function` in as many threads as there are lanes, `done` in the caller's.
+        Any exception, Ctrl-C too, ends the servers that are busy."""
+        threads, finished = ThreadPoolExecutor(len(self.lanes)), SimpleQueue()
+        try:
+            for item in items:
+                threads.submit(function, item).add_done_callback(finished.put)
+            for _ in items:
+                done(finished.get().result())
+        finally:
+            self.stopping = True
+            threads.shutdown(wait=False, cancel_futures=True)
+            while any(lane.busy for lane in self.lanes):
+                for lane in self.lanes:
+                    if lane.busy and (process := lane.process) is not None:
+                        process.kill()
+                time.sleep(0.01)
+            threads.shutdown()
+            self.stopping = False
 
-
-def close_lanes(lanes: Sequence[Lane]) -> None:
-    for lane in lanes:
-        lane.close()
+    def close(self) -> None:
+        for lane in self.lanes:
+            lane.close()
