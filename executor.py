@@ -14,12 +14,8 @@ a set of two strings slips through about half the time); later runs always use t
 consistent. On macOS, or where the kernel has no seccomp, only the filter, resource limits and process separation
 remain: use a container or a virtual machine there. Windows is refused.
 
-The way of a program: here from texts to forks; `sandbox/lanes.py` carries them to the fork servers, `sandbox/child.py`
-is a server and its children, `sandbox/layers.py` the kernel's part, `sandbox/literals.py` values as text. Every call
-gets a fresh namespace and fresh arguments, so a program may change its argument. An output over the cap is refused,
-never cut. Paper: arXiv 2505.03335, section 3.3.3 (validation), section 3.3.4 with equation 10 (verification).
-
-Usage:
+The way of a program: `sandbox/lanes.py` carries it to the fork servers, `child.py` there is a server and its children,
+`layers.py` the kernel's part, `literals.py` values as text. Paper: arXiv 2505.03335, sections 3.3.3 and 3.3.4. Usage:
     with Executor() as executor:
         [[result]] = executor.validate([("def f(x):\n    return x + 1", ["41"])])      # result.output == "42"
         [judgement] = executor.compare([("42", "42.0")])                              # judgement.correct
@@ -32,7 +28,7 @@ import marshal
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cache
@@ -57,13 +53,13 @@ Jobs = Sequence[tuple[str, Sequence[str]]]  # (program, argument texts of each c
 Progress = Callable[[int], None] | None  # called, in the caller's thread, with the number of jobs newly done
 
 
-def limit(value: float, unit: str, guards: str, fixed: bool = False):
+def limit(value: object, unit: str, guards: str, fixed: bool = False):
     return field(default=value, init=not fixed, metadata={"unit": unit, "guards": guards})
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Every limit of a program. `Executor(cpu_s=0.5)` changes one; those marked as fixed stay."""
+    """Every limit of a program. `Executor(cpu_s=0.5)` changes one; those that are fixed stay."""
 
     cpu_s: float = limit(2.0, "s", "CPU time of a call in `run` and `verify`, by the child's own clock")
     validate_cpu_s: float = limit(1.0, "s", "CPU time of a call in `validate`: less, so that no task sits on the edge")
@@ -75,12 +71,14 @@ class Limits:
     max_source_chars: int = limit(20_000, "chars", "length of a program")
     max_literal_chars: int = limit(20_000, "chars", "length of an input or an answer")
     literal_depth: int = limit(literals.LITERAL_DEPTH, "levels", "nesting of an input or an answer", fixed=True)
-    max_output_chars: int = limit(10_000, "chars", "length of an output")
+    max_output_chars: int = limit(10_000, "chars", "length of an output: one over it is refused, never cut")
     output_depth: int = limit(literals.OUTPUT_DEPTH, "levels", "nesting of an output", fixed=True)
     int_bits: int = limit(literals.INT_BITS, "bits", "size of a whole number in any of them", fixed=True)
-    processes: int = limit(0, "", "processes a program may start", fixed=True)
+    processes: int = limit(0, "", "processes that a program may start", fixed=True)
     file_bytes: int = limit(0, "bytes", "what a program may write to a file", fixed=True)
-    inputs_per_fork: int = limit(32, "calls", "calls of one program that share a child")
+    inputs_per_fork: int = limit(32, "calls", "calls of a program that share a child, each in a namespace of its own")
+    hash_seeds: Sequence[int] = limit((0, 1), "", "a proposal runs in a process for each; all else uses the first")
+    repeats: int = limit(2, "calls", "of a proposal in each of these processes, with fresh arguments")
     growth: int = limit(4, "x", "memory of a server, in multiples of that at its start: it is started again")
     deaths: int = limit(6, "", "times in a row that a server may die before the batch is given up")
 
@@ -139,9 +137,9 @@ class Judgement:
 def agree(claims: Sequence[Result]) -> Result:
     """The rule of determinism: one result from all calls of a program with one input, over all processes so far.
 
-    Each of two processes with different, fixed hash seeds calls it twice (`Executor.validate`). Every call must do the
-    same: return an equal output (stricter than `same_value`: 1 is not True; the order of sets and dicts is free), or
-    raise an exception of the same class at the same stage. Anything else a call came to, say a limit, decides alone.
+    Each of two processes with different, fixed hash seeds calls it twice (`Limits.hash_seeds`, `repeats`). Every call
+    must do the same: return an equal output (stricter than `same_value`: 1 is not True; the order of sets and dicts is
+    free), or raise an exception of the same class at the same stage. All else, say a limit that is met, decides alone.
     """
     for claim in claims:
         if not claim.answered:
@@ -179,12 +177,10 @@ class Executor:
     """Runs batches of programs and judges answers. A context manager; start it before the process grows.
 
     lanes         fork servers, spread over the hash seeds; default: two per core, at most 32
-    hash_seeds    a proposal is run in one process for each; everything else uses the first
-    repeats       calls of a proposal in each of these processes
     gate, full_builtins, modules, entry
                   the static filter; all builtins and real modules (for benchmark solutions); what can be imported; the
                   function to call
-    isolation     "auto": what the machine grants; "require": refuse to start without seccomp; "minimal": none
+    isolation     "auto": what the machine grants; "minimal": nothing of it
     limits        any field of `Limits`, say memory_mb=512
     """
 
@@ -192,33 +188,24 @@ class Executor:
         self,
         lanes: int | None = None,
         *,
-        hash_seeds: Sequence[int] = (0, 1),
-        repeats: int = 2,
         gate: bool = True,
         full_builtins: bool = False,
-        modules: Sequence[str] = ALLOWED_MODULES,
+        modules: Iterable[str] = ALLOWED_MODULES,
         entry: str = "f",
         isolation: str = "auto",
-        **limits: float,
+        **limits: object,
     ) -> None:
-        if isolation not in ("auto", "require", "minimal"):
-            raise ValueError(f"isolation must be auto, require or minimal, not {isolation!r}")
-        self.limits, self.hash_seeds, self.repeats = Limits(**limits), tuple(hash_seeds), repeats
-        self.literal_chars = max(self.limits.max_literal_chars, self.limits.max_output_chars)
+        if isolation not in ("auto", "minimal"):
+            raise ValueError(f"isolation must be auto or minimal, not {isolation!r}")
+        self.limits = Limits(**limits)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = max(len(hash_seeds), lanes or min(32, 2 * cores))
         config = {"modules": sorted(modules), "gate": gate, "full_builtins": full_builtins, "entry": entry}
-        config |= {"isolation": isolation} | asdict(self.limits)
-        self.pool = Pool(count, self.hash_seeds, config)
-        self.lanes = self.pool.lanes
+        self.pool = Pool(lanes or min(32, 2 * cores), config | {"isolation": isolation} | asdict(self.limits))
         self.close = weakref.finalize(self, self.pool.close)  # also when forgotten, also at exit
-        self.layers: dict = self.lanes[0].greet() | {"gate": gate, "full_builtins": full_builtins}
-        if isolation == "require" and not self.layers["seccomp"]:
-            self.close()
-            raise RuntimeError("this system has no seccomp filter: use a Linux container or a VM, or isolation='auto'")
-        missing = [name for name in ("seccomp", "landlock", "namespaces", "cpu_clock") if not self.layers[name]]
-        if "seccomp" in missing and isolation == "auto":
-            print(f"executor: running without {', '.join(missing)}; prefer a Linux container or a VM", file=sys.stderr)
+        self.lanes = self.pool.lanes
+        self.layers: dict = self.lanes[0].ready() | {"gate": gate, "full_builtins": full_builtins}
+        if not self.layers["seccomp"] and isolation == "auto":
+            print("executor: running without seccomp; prefer a Linux container or a VM", file=sys.stderr)
 
     def __enter__(self) -> "Executor":
         return self
@@ -267,7 +254,9 @@ class Executor:
         if not result.ok:
             return Judgement(False, 0.0, result.verdict, result.error)
         try:
-            correct = same_value(*(parse_literal(text, self.literal_chars) for text in (gold, result.output)))
+            correct = same_value(
+                *(parse_literal(text, self.limits.max_literal_chars) for text in (gold, result.output))
+            )
         except BadLiteral:
             return Judgement(False, 0.0, Verdict.OK, "BadLiteral")
         return Judgement(correct, float(correct), Verdict.OK)
@@ -277,13 +266,16 @@ class Executor:
 # From texts to forks, from lines to results
 
 
+NOT_TRIED = Result(Verdict.TIMEOUT, error="not tried")
+
+
 @dataclass(eq=False)
 class Cell:
-    """One distinct call of a program: the (job, input) pairs that asked for it, and what it has claimed so far."""
+    """One distinct call of a program: what it has claimed so far, and the (job, input) pairs that asked for it."""
 
     call: bytes  # marshalled (arguments, keyword arguments): trusted data on its way down
+    claims: list[Result]
     places: list[tuple[int, int]] = field(default_factory=list)
-    claims: list[Result] = field(default_factory=list)
     cpu_s: float = 0.0
 
 
@@ -292,14 +284,12 @@ class Batch:
     list per job. `checked`: every hash seed, several calls in each process. `patient`: go on with a job's other inputs
     after one of them timed out."""
 
-    def __init__(
-        self, executor: Executor, jobs: Jobs, progress: Progress, cpu_s, checked: bool = False, patient: bool = True
-    ) -> None:
+    def __init__(self, executor: Executor, jobs: Jobs, progress: Progress, cpu_s, checked=False, patient=True) -> None:
         if not executor.close.alive:
             raise RuntimeError("this executor is closed: make a new one")
-        self.executor, self.limits, self.patient = executor, executor.limits, patient
-        self.seeds = executor.hash_seeds if checked else executor.hash_seeds[:1]
-        self.repeats = executor.repeats if checked else 1
+        self.pool, self.limits, self.patient = executor.pool, executor.limits, patient
+        self.seeds = self.limits.hash_seeds if checked else self.limits.hash_seeds[:1]
+        self.repeats = self.limits.repeats if checked else 1
         self.memory = (self.limits.memory_mb << 20) * (4 if checked else 5) // 4
         self.results: list[list] = [[None] * len(inputs) for _, inputs in jobs]
         self.progress = progress or (lambda n: None)
@@ -308,47 +298,37 @@ class Batch:
         marshalled = cache(self.marshalled)
         seconds = cpu_s if isinstance(cpu_s, Sequence) else [cpu_s] * len(jobs)
         for j, ((program, inputs), limit) in enumerate(zip(jobs, seconds, strict=True)):
+            cells = programs.setdefault((program, limit), {})
             for i, text in enumerate(inputs):
+                call = marshalled(text)
+                refused = [] if call else [Result(Verdict.BAD_INPUT)]
                 if len(program) > self.limits.max_source_chars:
-                    self.settle([Cell(b"", [(j, i)], [Result(Verdict.SOURCE_TOO_LARGE)])])
-                elif (call := marshalled(text)) is None:
-                    self.settle([Cell(b"", [(j, i)], [Result(Verdict.BAD_INPUT)])])
-                else:
-                    cells = programs.setdefault((program, limit), {})
-                    cells.setdefault(call, Cell(call)).places.append((j, i))
-        size = self.limits.inputs_per_fork
-        parts = [
-            (program, limit, list(cells.values())[i : i + size])
-            for (program, limit), cells in programs.items()
-            for i in range(0, len(cells), size)
-        ]
-        executor.pool.each(self.examine, parts, self.settle)
+                    refused = [Result(Verdict.SOURCE_TOO_LARGE)]
+                cells.setdefault(call, Cell(call, refused)).places.append((j, i))
+        parts = []
+        for (program, limit), cells in programs.items():
+            for i in range(0, len(cells), self.limits.inputs_per_fork):
+                parts.append((program, limit, list(cells.values())[i : i + self.limits.inputs_per_fork]))
+        self.pool.each(self.examine, parts, self.settle)
 
-    def marshalled(self, text: str) -> bytes | None:
-        """The arguments of a call, or None if the text is no list of literals."""
+    def marshalled(self, text: str) -> bytes:
+        """The arguments of a call; nothing if the text is no list of literals."""
         try:
-            return marshal.dumps(
-                parse_arguments(text, self.limits.max_literal_chars), 2
-            )  # 2: equal values, equal bytes
+            arguments = parse_arguments(text, self.limits.max_literal_chars)
         except BadLiteral:
-            return None
-
-    def settle(self, cells: list[Cell]) -> None:
-        for cell in cells:
-            result = replace(agree(cell.claims), cpu_s=cell.cpu_s)
-            for j, i in cell.places:
-                self.results[j][i] = result
-                self.progress(int(all(self.results[j])))
+            return b""
+        return marshal.dumps(arguments, 2)  # version 2: equal values give equal bytes
 
     def examine(self, part: tuple[str, float, list[Cell]]) -> list[Cell]:
         """Collect the claims of a program's calls, seed by seed, in the thread of a lane. A call that kills its child
         leaves none: then the cause of death is its claim, and another child goes on behind it."""
         (program, cpu_s, cells), repeats = part, self.repeats
+        cells = [cell for cell in cells if not cell.claims]
         for seed in self.seeds:
-            left = [cell for cell in cells if not cell.claims or agree(cell.claims).answered]
+            left = cells
             while left:
                 calls = [cell.call for cell in left]
-                lines, cause, spent = self.executor.pool.ask(seed, program, calls, repeats, cpu_s, self.memory)
+                lines, cause, spent = self.pool.ask(seed, program, calls, repeats, cpu_s, self.memory)
                 for cell in left:
                     cell.cpu_s += spent / len(left)
                 whole = len(lines) // repeats
@@ -358,26 +338,27 @@ class Batch:
                 for cell in died:
                     cell.claims.append(self.read(cause))
                     if cell.claims[-1].verdict is Verdict.TIMEOUT and not self.patient:
-                        left = self.spare(left, {job for job, _ in cell.places})
-        return cells
+                        late = {job for job, _ in cell.places}
+                        left = [cell for cell in left if not late.issuperset(job for job, _ in cell.places)]
+            cells = [cell for cell in cells if cell.claims and agree(cell.claims).answered]
+        return part[2]
 
-    def spare(self, cells: list[Cell], late: set[int]) -> list[Cell]:
-        """The cells to go on with after a timeout: those that another job than the late ones asked for."""
-        skipped = [cell for cell in cells if late.issuperset(job for job, _ in cell.places)]
-        for cell in skipped:
-            cell.claims.append(Result(Verdict.TIMEOUT, error="not tried"))
-        return [cell for cell in cells if cell not in skipped]
+    def settle(self, cells: list[Cell]) -> None:
+        for cell in cells:
+            result = replace(agree(cell.claims or [NOT_TRIED]), cpu_s=cell.cpu_s)
+            for j, i in cell.places:
+                self.results[j][i] = result
+                if all(self.results[j]):
+                    self.progress(1)
 
     def read(self, line: str) -> Result:
         """One claim, believed only as far as its form allows; its text is parsed and written anew."""
-        word, _, text = line.partition("\t")
+        (word, _, text), most = line.partition("\t"), self.limits.max_output_chars
         error = text if len(text) <= 64 and text.replace(".", "_").isidentifier() else ""
         try:
             if word == "ok":
-                value = parse_literal(text, self.executor.literal_chars)
-                return Result(
-                    Verdict.OK, serialise(value, self.limits.max_output_chars, max_depth=literals.LITERAL_DEPTH)
-                )
+                value = parse_literal(text, most)
+                return Result(Verdict.OK, serialise(value, most, max_depth=literals.LITERAL_DEPTH))
             if word in ("load", "call"):
                 return Result(Verdict.RUNTIME_ERROR, error=error, stage=word)
             return Result(Verdict(word), error=error)
@@ -403,12 +384,11 @@ ESCAPES = {  # what the doctor tries, with the filter off and all builtins
 
 def doctor() -> int:
     """Print the limits, the layers and the fate of some escapes; returns the number of escapes that worked."""
-    print("| limit | value | unit | guards |\n|---|---|---|---|")
+    print("| limit | value | unit | what it guards |\n|---|---|---|---|")
     for line in fields(Limits):
         print(f"| {line.name} | {line.default} | {line.metadata['unit']} | {line.metadata['guards']} |")
     with Executor(2, cpu_s=0.5, gate=False, full_builtins=True) as executor:
-        for name, value in executor.layers.items():
-            print(f"{name:15} {value}")
+        print(*(f"{name:18} {value}" for name, value in executor.layers.items()), sep="\n")
         results = executor.run([(program, [""]) for program in ESCAPES.values()])
     for name, [result] in zip(ESCAPES, results, strict=True):
         print(f"{name:18} {'NOT CONTAINED' if result.ok else 'contained'} ({result.verdict} {result.error})")
@@ -431,7 +411,7 @@ def main() -> int:
         parser.error(f"{arguments.file} is no Python file that can be read ({error})")
     with Executor(2) as executor:
         [[result]] = executor.validate([(program, [arguments.input])])
-    print(f"verdict  {result.verdict} {result.error}\noutput   {result.output}")
+    print(f"verdict  {result.verdict} {result.error} {result.stage}\noutput   {result.output}")
     print(f"cpu      {result.cpu_s * 1000:.1f} ms")
     return 0 if result.ok else 1
 

@@ -13,7 +13,6 @@ import marshal
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -53,25 +52,22 @@ class Lane:
                 start_new_session=True,  # Ctrl-C is for the trainer; the server ends when its socket does
             )
 
-    def message(self, patience: float) -> bytes:
-        """What the server says next. EOFError, OSError: it ended, or said nothing for so many seconds."""
-        self.socket.settimeout(patience)
-        return receive(self.inbox)
-
-    def greet(self) -> dict:
-        """Wait until the server is confined; returns the layers that hold there."""
-        self.layers = json.loads(self.message(self.config["hang_s"]))
+    def ready(self) -> dict:
+        """Wait until a server is there and confined; returns the layers that hold. EOFError, OSError: it ended."""
+        if self.process is None:
+            self.start()
+        if not self.layers:
+            self.socket.settimeout(self.config["hang_s"])
+            self.layers = json.loads(receive(self.inbox))
         return self.layers
 
     def ask(self, job: bytes, patience: float) -> bytes | int:
         """The server's reply to a job, or its exit status if it died or had to be killed; it is started at next use."""
         try:
-            if self.process is None:
-                self.start()
-            if not self.layers:
-                self.greet()
+            self.ready()
+            self.socket.settimeout(patience)
             self.socket.sendall(FRAME.pack(len(job)) + job)
-            return self.message(patience)
+            return receive(self.inbox)
         except (EOFError, OSError):
             return self.close()
 
@@ -90,9 +86,9 @@ class Lane:
 class Pool:
     """All lanes of an executor."""
 
-    def __init__(self, count: int, seeds: Sequence[int], config: dict) -> None:
-        self.config, self.stopping = config, False
-        self.lanes = [Lane(seeds[i % len(seeds)], config) for i in range(count)]
+    def __init__(self, count: int, config: dict) -> None:
+        self.config, self.stopping, seeds = config, False, config["hash_seeds"]
+        self.lanes = [Lane(seeds[i % len(seeds)], config) for i in range(max(count, len(seeds)))]
         self.free: dict[int, SimpleQueue] = {seed: SimpleQueue() for seed in seeds}
         for lane in self.lanes:
             self.free[lane.seed].put(lane)
