@@ -28,7 +28,8 @@ import marshal
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cache
@@ -42,12 +43,12 @@ from sandbox.child import words
 from sandbox.lanes import Pool
 from sandbox.literals import BadLiteral, Refused, canonical, parse_arguments, parse_literal, serialise
 
-__all__ = ["Executor", "Limits", "Judgement", "Result", "Verdict", "BadLiteral", "canonical", "parse_arguments"]
-__all__ += ["parse_literal", "same_value", "ALLOWED_MODULES"]
-
-ALLOWED_MODULES = words(
-    "__future__ abc array bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions "
-    "functools heapq itertools json math numbers operator re statistics string textwrap typing unicodedata"
+ALLOWED_MODULES = sorted(
+    words(
+        "__future__ abc array bisect cmath collections collections.abc copy dataclasses datetime decimal enum "
+        "fractions functools heapq itertools json math numbers operator re statistics string textwrap typing "
+        "unicodedata"
+    )
 )
 Jobs = Sequence[tuple[str, Sequence[str]]]  # (program, argument texts of each call)
 Progress = Callable[[int], None] | None  # called, in the caller's thread, with the number of jobs newly done
@@ -81,6 +82,13 @@ class Limits:
     repeats: int = limit(2, "calls", "of a proposal in each of these processes, with fresh arguments")
     growth: int = limit(4, "x", "memory of a server, in multiples of that at its start: it is started again")
     deaths: int = limit(6, "", "times in a row that a server may die before the batch is given up")
+    gate: bool = limit(True, "", "the static filter: what an honest program does not need is unsafe")
+    full_builtins: bool = limit(False, "", "all builtins and whole modules, for the solutions of benchmarks")
+    modules: Sequence[str] = limit(ALLOWED_MODULES, "", "what a program may import")
+    entry: str = limit("f", "", "the function that is called")
+    isolation: str = limit(
+        "auto", "", "the kernel's layers: what the machine grants; minimal: none but resource limits"
+    )
 
 
 class Verdict(StrEnum):
@@ -130,10 +138,6 @@ class Judgement:
     error: str = ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The two rules of the judge
-
-
 def agree(claims: Sequence[Result]) -> Result:
     """The rule of determinism: one result from all calls of a program with one input, over all processes so far.
 
@@ -141,14 +145,13 @@ def agree(claims: Sequence[Result]) -> Result:
     must do the same: return an equal output (stricter than `same_value`: 1 is not True; the order of sets and dicts is
     free), or raise an exception of the same class at the same stage. All else, say a limit that is met, decides alone.
     """
+    first = claims[0]
     for claim in claims:
         if not claim.answered:
             return claim
-    first = claims[0]
     for claim in claims:
-        if (claim.verdict, claim.error, claim.stage) != (first.verdict, first.error, first.stage):
-            return Result(Verdict.NONDETERMINISTIC)
-        if claim.output != first.output and unordered(claim.output) != unordered(first.output):
+        same = (claim.verdict, claim.error, claim.stage) == (first.verdict, first.error, first.stage)
+        if not same or (claim.output != first.output and unordered(claim.output) != unordered(first.output)):
             return Result(Verdict.NONDETERMINISTIC)
     return first
 
@@ -169,46 +172,24 @@ def same_value(a: object, b: object) -> bool:
     return a == b or (type(a) in (dict, set, frozenset) and canonical(a) == canonical(b))  # nan as an element or key
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The judge
-
-
-class Executor:
+class Executor(AbstractContextManager):
     """Runs batches of programs and judges answers. A context manager; start it before the process grows.
 
-    lanes         fork servers, spread over the hash seeds; default: two per core, at most 32
-    gate, full_builtins, modules, entry
-                  the static filter; all builtins and real modules (for benchmark solutions); what can be imported; the
-                  function to call
-    isolation     "auto": what the machine grants; "minimal": nothing of it
-    limits        any field of `Limits`, say memory_mb=512
+    `lanes`: fork servers, spread over the hash seeds; by default two per core, at most 32. `limits`: any field of
+    `Limits`, say memory_mb=512. `close()` ends the servers.
     """
 
-    def __init__(
-        self,
-        lanes: int | None = None,
-        *,
-        gate: bool = True,
-        full_builtins: bool = False,
-        modules: Iterable[str] = ALLOWED_MODULES,
-        entry: str = "f",
-        isolation: str = "auto",
-        **limits: object,
-    ) -> None:
-        if isolation not in ("auto", "minimal"):
-            raise ValueError(f"isolation must be auto or minimal, not {isolation!r}")
+    def __init__(self, lanes: int | None = None, **limits: object) -> None:
         self.limits = Limits(**limits)
+        if self.limits.isolation not in ("auto", "minimal"):
+            raise ValueError(f"isolation must be auto or minimal, not {self.limits.isolation!r}")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        config = {"modules": sorted(modules), "gate": gate, "full_builtins": full_builtins, "entry": entry}
-        self.pool = Pool(lanes or min(32, 2 * cores), config | {"isolation": isolation} | asdict(self.limits))
+        self.pool = Pool(lanes or min(32, 2 * cores), asdict(self.limits))
         self.close = weakref.finalize(self, self.pool.close)  # also when forgotten, also at exit
         self.lanes = self.pool.lanes
-        self.layers: dict = self.lanes[0].ready() | {"gate": gate, "full_builtins": full_builtins}
-        if not self.layers["seccomp"] and isolation == "auto":
+        self.layers = self.lanes[0].ready()
+        if not self.layers["seccomp"] and self.limits.isolation == "auto":
             print("executor: running without seccomp; prefer a Linux container or a VM", file=sys.stderr)
-
-    def __enter__(self) -> "Executor":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -260,10 +241,6 @@ class Executor:
         except BadLiteral:
             return Judgement(False, 0.0, Verdict.OK, "BadLiteral")
         return Judgement(correct, float(correct), Verdict.OK)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From texts to forks, from lines to results
 
 
 NOT_TRIED = Result(Verdict.TIMEOUT, error="not tried")
@@ -367,9 +344,6 @@ class Batch:
         except ValueError:  # a BadLiteral, or no verdict at all
             return Result(Verdict.RUNTIME_ERROR, error="protocol")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# By hand
 
 ESCAPES = {  # what the doctor tries, with the filter off and all builtins
     "read a file": "def f():\n    return open('/etc/passwd').read(4)",

@@ -16,7 +16,6 @@ import ast
 import builtins
 import codecs
 import gc
-import io
 import json
 import marshal
 import os
@@ -39,7 +38,7 @@ FRAME = struct.Struct("<I")  # length of the message that follows
 HEAD = struct.Struct("<f")  # of a reply: CPU seconds; then the child's lines, and in the last why one is missing
 
 
-def receive(file: io.BufferedReader) -> bytes:
+def receive(file) -> bytes:
     """The next message. EOFError: the other side is gone."""
     head = file.read(FRAME.size)
     message = file.read(FRAME.unpack(head)[0]) if len(head) == FRAME.size else b""
@@ -48,7 +47,6 @@ def receive(file: io.BufferedReader) -> bytes:
     return message
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The static gate: a first filter and the source of clear verdicts. It can be fooled and nothing relies on it.
 
 
@@ -59,7 +57,7 @@ def words(text: str) -> frozenset[str]:
 DENIED_NAMES = words(
     "open eval exec compile input globals locals vars dir breakpoint help exit quit memoryview __import__"
 )
-ATTRIBUTE_READERS = words("getattr setattr delattr hasattr")  # fine as a direct call with a constant name
+READERS = words("getattr setattr delattr hasattr")  # fine as a direct call with a constant name
 FRAMES = words(
     "gi_frame gi_code gi_yieldfrom cr_frame cr_code cr_await ag_frame ag_code ag_await tb_frame tb_next f_back f_code "
     "f_globals f_locals f_builtins func_globals func_code co_code co_consts co_names mro"
@@ -104,17 +102,12 @@ def check(tree: ast.AST, modules: frozenset[str]) -> None:
     for node in ast.walk(tree):  # a node comes before those below it
         match node:
             case ast.Name(id=name, ctx=ast.Load()):
-                if node not in readers:
-                    loads.add(name)
-            case ast.Constant():
+                loads.update(() if node in readers else (name,))
+            case ast.Constant() | ast.Attribute(value=ast.Name(id="self"), attr="__dict__"):
                 pass
-            case ast.Call(func=ast.Name(id=name), args=[_, ast.Constant(value=str(constant)), *_]) if (
-                name in ATTRIBUTE_READERS
-            ):  # the same as `x.constant`, and judged as such
-                readers.add(node.func)
-                attributes.add(constant)
-            case ast.Attribute(value=ast.Name(id="self"), attr="__dict__"):
-                pass
+            case ast.Call(func=ast.Name(id=reader), args=[_, ast.Constant(value=str(name)), *_]) if reader in READERS:
+                readers.add(node.func)  # the same as `x.name`, and judged as such
+                attributes.add(name)
             case ast.Attribute(attr=name):
                 attributes.add(name)
             case ast.MatchClass(kwd_attrs=names):
@@ -131,28 +124,21 @@ def check(tree: ast.AST, modules: frozenset[str]) -> None:
             case ast.keyword(arg=name):
                 words.add(name or "")
             case _:
-                for field in node._fields:
-                    value = getattr(node, field, None)
+                for _, value in ast.iter_fields(node):
                     bound.update(item for item in (value if type(value) is list else [value]) if type(item) is str)
     names = loads | bound | attributes | words
     bad = {name for name in names if name.startswith("__") and name.endswith("__")} - DUNDERS
-    bad |= (loads - bound) & (DENIED_NAMES | ATTRIBUTE_READERS) | attributes & FRAMES | imports - modules
+    bad |= (loads - bound) & (DENIED_NAMES | READERS) | attributes & FRAMES | imports - modules
     if "datetime" in imports:  # the only allowed module with a clock
         bad |= attributes & CLOCKS - bound
     if bad:
         raise Refused("unsafe", min(bad))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # What the program can see. Fresh for every call, so that state and patches never reach the next one.
 
-HIDDEN = {  # public names that read attributes by text or evaluate it
-    "operator": {"attrgetter", "methodcaller"},
-    "string": {"Formatter"},
-    "typing": {"get_type_hints", "ForwardRef"},
-}
-# What the C code of datetime imports through the *program's* __import__ (it then reads sys.modules).
-FOR_C_CODE = ("time", "_strptime")
+HIDDEN = words("attrgetter methodcaller Formatter get_type_hints ForwardRef")  # read attributes by text or evaluate it
+FOR_C_CODE = ("time", "_strptime")  # datetime's C code imports these through the program's __import__, unread
 
 
 class Forbidden(ImportError):
@@ -161,9 +147,11 @@ class Forbidden(ImportError):
 
 def public_names(name: str) -> dict:
     """The names a program may use of an allowed module: no private ones, no modules (`dataclasses.sys` leads out)."""
-    items = vars(sys.modules[name]).items()
-    hidden = HIDDEN.get(name, ())
-    return {k: v for k, v in items if not k.startswith("_") and k not in hidden and type(v) is not types.ModuleType}
+    return {
+        key: value
+        for key, value in vars(sys.modules[name]).items()
+        if not key.startswith("_") and key not in HIDDEN and type(value) is not types.ModuleType
+    }
 
 
 def make_importer(table: dict, for_c_code: tuple, module_type: type, forbidden: type) -> tuple:
@@ -207,10 +195,6 @@ def namespace_maker(modules: list[str], full_builtins: bool) -> Callable[[], dic
     return fresh
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# In the child: run, call, claim
-
-
 def claims(code: types.CodeType, call: bytes, repeats: int, fresh: Callable, entry: str, most: int):
     """Yield one line per repeat of one call: verdict TAB text LF. `call`: marshalled (arguments, keyword arguments).
 
@@ -245,10 +229,6 @@ def explain(error: BaseException, where: str) -> str:
     if kind is Forbidden:
         return "unsafe\timport"
     return f"{where}\t" + type.__dict__["__name__"].__get__(kind).replace("\n", " ")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The server
 
 
 class Server:
@@ -286,9 +266,7 @@ class Server:
         """Run a program of ours until the interpreter has finished rewriting the code we run: it specialises
         instructions in place, and in a child every page so written is a page fault (half of a run is page faults)."""
         entry = self.config["entry"]
-        source = (
-            f"import math\nclass A:\n    pass\ndef {entry}(x):\n    return [x, str(x), {{x: (1.5, None)}}, {{x, 2}}]\n"
-        )
+        source = f"import math\nclass A: pass\ndef {entry}(x): return [x, str(x), {{x: (1.5, None)}}, {{x, 2}}]\n"
         code, call = gate(source, self.allowed), marshal.dumps(((1,), {}))
         for _ in range(100):
             list(claims(code, call, 1, self.fresh, entry, 1000))
@@ -310,7 +288,7 @@ class Server:
 
     def run(self, program: str, calls: list[bytes], repeats: int, cpu_s: float, memory: int) -> bytes:
         """Gate, fork, watch, kill: the reply to one job."""
-        lines = len(calls) * repeats
+        lines, entry, most = len(calls) * repeats, self.config["entry"], self.config["max_output_chars"]
         try:
             signal.setitimer(signal.ITIMER_PROF, self.config["compile_cpu_s"])  # ends this process: nested finally
             code = gate(program, self.allowed)  # can take minutes to compile
@@ -326,9 +304,7 @@ class Server:
                 os.close(self.channel)
                 self.layers.enter_child(cpu_s * lines, memory, self.config["processes"])
                 for call in calls:
-                    for line in claims(
-                        code, call, repeats, self.fresh, self.config["entry"], self.config["max_output_chars"]
-                    ):
+                    for line in claims(code, call, repeats, self.fresh, entry, most):
                         os.write(writer, line)
             finally:
                 leave(0)  # no teardown: __del__ and atexit of the program do not run, and 0 means nothing to anybody

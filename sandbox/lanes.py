@@ -40,16 +40,12 @@ class Lane:
         environment = {"PYTHONHASHSEED": str(self.seed)}  # empty otherwise; -I and -E would ignore the seed
         if "LD_LIBRARY_PATH" in os.environ:  # some interpreters find their own library by it
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        here, config = str(Path(__file__).resolve().parent.parent), json.dumps(self.config)
-        with theirs:
+        here, fd, null = Path(__file__).resolve().parent.parent, theirs.fileno(), subprocess.DEVNULL
+        python = [sys.executable, "-sSPB", "-Xutf8", "-Wignore", "-c", BOOT]
+        command = [*python, str(here), str(fd), json.dumps(self.config)]
+        with theirs:  # a session of its own: Ctrl-C is for the trainer, the server ends when its socket does
             self.process = subprocess.Popen(
-                [sys.executable, "-sSPB", "-Xutf8", "-Wignore", "-c", BOOT, here, str(theirs.fileno()), config],
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the trainer; the server ends when its socket does
+                command, pass_fds=[fd], env=environment, cwd="/", stdin=null, stdout=null, start_new_session=True
             )
 
     def ready(self) -> dict:
@@ -73,14 +69,13 @@ class Lane:
 
     def close(self) -> int:
         """End the server (and, by its parent-death signal, its child); returns its exit status."""
-        if self.process is None:
+        process, self.process = self.process, None
+        if process is None:
             return 0
         self.inbox.close()
         self.socket.close()
-        if self.process.poll() is None:
-            self.process.kill()
-        status, self.process = self.process.wait(), None
-        return status
+        process.kill()
+        return process.wait()
 
 
 class Pool:

@@ -1,7 +1,8 @@
 """Values as text: a value to literal text (in the child), literal text to a value (in the trusted parent).
 
-What a program returns crosses the border as text and only as text. `serialise` writes it without calling any method the
-program could have defined; `parse_literal` reads it, and every answer of a solver, without evaluating anything.
+What a program returns crosses the border as text and only as text. `serialise` writes it: types are compared with `is`
+and walked with unbound methods, since a program's own classes may lie in __class__, __eq__, __iter__ or __repr__.
+`parse_literal` reads it, and every answer of a solver, without evaluating anything.
 
 What it deliberately leaves out: arithmetic and calls in answers (an expression could forge the wanted value), instances
 of user classes, ranges, deques, generators. Paper: arXiv 2505.03335, equation 10 (equality by execution).
@@ -18,6 +19,11 @@ OUTPUT_DEPTH, LITERAL_DEPTH = 40, 50  # levels of nesting: of what a program ret
 INT_BITS = 14_000  # repr() of an int refuses more than 4,300 digits
 
 
+WORDS = {"nan": float("nan"), "inf": float("inf")}
+CONTAINERS = {"set": set, "frozenset": frozenset, "list": list, "tuple": tuple, "dict": dict}
+warnings.filterwarnings("ignore", module="<literal>")  # "invalid escape sequence" in an answer is nobody's concern
+
+
 class Refused(BaseException):
     """A verdict other than "ok", with the class name of the error behind it."""
 
@@ -25,11 +31,8 @@ class Refused(BaseException):
         self.verdict, self.error = verdict, error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From a value to text. Types are compared with `is` and walked with unbound methods: a program's own classes may lie in
-# __class__, __eq__, __iter__ or __repr__, and none of that is ever asked.
-
-TOO_LARGE, NOT_PLAIN = Refused("output_too_large"), Refused("unserialisable")
+class BadLiteral(ValueError):
+    """The text is not one plain Python literal within the caps."""
 
 
 def is_namedtuple(kind: type) -> bool:
@@ -52,20 +55,19 @@ def serialise(value: object, limit: int, order_free: bool = False, max_depth: in
         nonlocal left
         left -= len(text)
         if left < 0:
-            raise TOO_LARGE
+            raise Refused("output_too_large")
         return text
 
     def walk(value: object, depth: int) -> str:
         kind = type(value)
         is_text = kind is str or kind is bytes
         if (kind is int and int.bit_length(value) > INT_BITS) or (is_text and len(value) > left):
-            raise TOO_LARGE
-        if value is None or is_text or kind is int or kind is bool or kind is float:
-            return spend(repr(value))
-        if kind is complex and isfinite(value.real) and isfinite(value.imag):
+            raise Refused("output_too_large")
+        finite = kind is complex and isfinite(value.real) and isfinite(value.imag)
+        if value is None or is_text or finite or kind is int or kind is bool or kind is float:
             return spend(repr(value))
         if depth >= max_depth:
-            raise NOT_PLAIN
+            raise Refused("unserialisable")
         spend("[]")
         if kind is list:
             return "[" + ", ".join([walk(item, depth + 1) for item in list.__iter__(value)]) + "]"
@@ -80,25 +82,12 @@ def serialise(value: object, limit: int, order_free: bool = False, max_depth: in
             parts = sorted([walk(item, depth + 1) for item in kind.__iter__(value)])
             text = "{" + ", ".join(parts) + "}" if parts else ""
             return (text or "set()") if kind is set else f"frozenset({text})"
-        raise NOT_PLAIN
+        raise Refused("unserialisable")
 
     text = walk(value, 1)
     if len(text) > limit:
-        raise TOO_LARGE
+        raise Refused("output_too_large")
     return text
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From text to a value
-
-
-class BadLiteral(ValueError):
-    """The text is not one plain Python literal within the caps."""
-
-
-WORDS = {"nan": float("nan"), "inf": float("inf")}
-CONTAINERS = {"set": set, "frozenset": frozenset, "list": list, "tuple": tuple, "dict": dict}
-warnings.filterwarnings("ignore", module="<literal>")  # "invalid escape sequence" in an answer is nobody's concern
 
 
 def parse_literal(text: str, max_chars: int = 20_000) -> object:
