@@ -3,9 +3,8 @@
 What is covered. A verdict is never computed in a process that has run model code: a child only claims the literal text
 of what a call returned, and gold outputs and equality live here, in the trusted process. Answers are parsed as
 literals, never evaluated. Programs run in throw-away children without files, network, new processes or other
-descriptors (Linux with seccomp; Landlock and namespaces where the kernel grants them), with limits on CPU, wall time,
-memory and output. Proposals must run, be safe and be deterministic (two calls in each of two processes with different,
-fixed hash seeds). A lane that dies is started again and the batch completes.
+descriptors (Linux with seccomp; Landlock and namespaces where the kernel grants them), within `Limits`. Proposals must
+run, be safe and be deterministic (`agree`). A server that dies is started again and the batch completes.
 
 What is not covered. This is defence in depth for model-written code, not a multi-tenant sandbox: a kernel or CPython
 bug can break it, the static filter can be fooled and is not relied upon, side channels are not addressed. A program can
@@ -15,52 +14,114 @@ a set of two strings slips through about half the time); later runs always use t
 consistent. On macOS, or where the kernel has no seccomp, only the filter, resource limits and process separation
 remain: use a container or a virtual machine there. Windows is refused.
 
-The files, in the order of a program's way: `executor.py` is the interface and the judge; `sandbox/batch.py` follows a
-batch from texts to results; `sandbox/lanes.py` talks to the fork servers; `sandbox/child.py` is a fork server and its
-children; `sandbox/layers.py` is the kernel's part; `sandbox/literals.py` turns values into text and back. Only the
-standard library is used.
-
-Rules worth knowing. Values are equal when Python's == says so (True == 1 == 1.0, -0.0 == 0.0, order of sets and dicts
-ignored, a list is no tuple), except that nan equals nan. Every call gets a fresh namespace and fresh arguments, so a
-program may change its argument. An output over the cap is refused, never cut. Paper: arXiv 2505.03335, section 3.3.3
-(validation: runs, safe, deterministic) and section 3.3.4 with equation 10 (verification).
-
-Usage:
-    from executor import Executor
-
+The way of a program: `sandbox/lanes.py` carries it to the fork servers, `child.py` there is a server and its children,
+`layers.py` the kernel's part, `literals.py` values as text. Paper: arXiv 2505.03335, sections 3.3.3 and 3.3.4. Usage:
     with Executor() as executor:
         [[result]] = executor.validate([("def f(x):\n    return x + 1", ["41"])])      # result.output == "42"
-        [judgement] = executor.verify_deduction([("42", "42.0")])                     # judgement.correct
-    python executor.py FILE INPUT      one program by hand: verdict, output, CPU and wall time
-    python executor.py --doctor        which layers this machine grants, tried out
+        [judgement] = executor.compare([("42", "42.0")])                              # judgement.correct
+    python executor.py FILE INPUT      one program by hand: verdict, output, CPU time
+    python executor.py --doctor        all limits, and which layers this machine grants, tried out
 """
 
 import argparse
+import marshal
 import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import StrEnum
+from functools import cache
 from pathlib import Path
 
 if sys.platform == "win32":
     raise ImportError("the executor cannot contain programs on Windows: use Linux, macOS or WSL")
 
-from sandbox.batch import Batch, Result, Verdict
-from sandbox.child import words
-from sandbox.lanes import Lane, close_lanes
-from sandbox.literals import BadLiteral, canonical, parse_arguments, parse_literal, same_value
+from sandbox import literals
+from sandbox.lanes import Pool
+from sandbox.literals import BadLiteral, Refused, canonical, parse_arguments, parse_literal, serialise
 
-__all__ = ["Executor", "Judgement", "Result", "Verdict", "BadLiteral", "canonical", "parse_arguments", "parse_literal"]
-__all__ += ["same_value", "ALLOWED_MODULES"]
-
-ALLOWED_MODULES = sorted(
-    words(
-        "__future__ abc array bisect cmath collections collections.abc copy dataclasses datetime decimal enum "
-        "fractions functools heapq itertools json math numbers operator re statistics string textwrap typing "
-        "unicodedata"
-    )
+ALLOWED_MODULES = tuple(
+    "__future__ abc array bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions "
+    "functools heapq itertools json math numbers operator re statistics string textwrap typing unicodedata".split(" ")
 )
+Jobs = Sequence[tuple[str, Sequence[str]]]  # (program, argument texts of each call)
+Progress = Callable[[int], None] | None  # called, in the caller's thread, with the number of jobs newly done
+
+
+def limit(value: object, unit: str, guards: str, fixed: bool = False):
+    return field(default=value, init=not fixed, metadata={"unit": unit, "guards": guards})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Every limit of a program. `Executor(cpu_s=0.5)` changes one; those that are fixed stay."""
+
+    cpu_s: float = limit(2.0, "s", "CPU time of a call in `run` and `verify`, by the child's own clock")
+    validate_cpu_s: float = limit(1.0, "s", "CPU time of a call in `validate`: less, so that no task sits on the edge")
+    still_s: float = limit(5.0, "s", "wall time (or 5 CPU limits) in which a call uses no CPU: it sleeps")
+    wall_s: float = limit(10.0, "s", "wall time of a call, beyond 100 CPU limits: it hardly moves")
+    hang_s: float = limit(60.0, "s", "wall time for a server to answer, beyond all of the above: it is killed")
+    compile_cpu_s: float = limit(2.0, "s", "CPU time to parse and compile a program")
+    memory_mb: int = limit(256, "MB", "memory of a call in `validate`; a quarter more in `run` and `verify`")
+    max_source_chars: int = limit(20_000, "chars", "length of a program")
+    max_literal_chars: int = limit(20_000, "chars", "length of an input or an answer")
+    literal_depth: int = limit(literals.LITERAL_DEPTH, "levels", "nesting of an input or an answer", fixed=True)
+    max_output_chars: int = limit(10_000, "chars", "length of an output: one over it is refused, never cut")
+    output_depth: int = limit(literals.OUTPUT_DEPTH, "levels", "nesting of an output", fixed=True)
+    int_bits: int = limit(literals.INT_BITS, "bits", "size of a whole number in any of them", fixed=True)
+    processes: int = limit(0, "", "processes that a program may start", fixed=True)
+    file_bytes: int = limit(0, "bytes", "what a program may write to a file", fixed=True)
+    inputs_per_fork: int = limit(32, "calls", "calls of a program that share a child, each in a namespace of its own")
+    hash_seeds: Sequence[int] = limit((0, 1), "", "a proposal runs in a process for each; all else uses the first")
+    repeats: int = limit(2, "calls", "of a proposal in each of these processes, with fresh arguments")
+    growth: int = limit(4, "x", "memory of a server, in multiples of that at its start: it is started again")
+    deaths: int = limit(6, "", "times in a row that a server may die before the batch is given up")
+    gate: bool = limit(True, "", "the static filter: what an honest program does not need is unsafe")
+    full_builtins: bool = limit(False, "", "all builtins and whole modules, for the solutions of benchmarks")
+    modules: Sequence[str] = limit(ALLOWED_MODULES, "", "what a program may import")
+    entry: str = limit("f", "", "the function that is called")
+    isolation: str = limit(
+        "auto", "", "the kernel's layers: what the machine grants; minimal: none but resource limits"
+    )
+
+
+class Verdict(StrEnum):
+    """Everything that can become of a program and one input."""
+
+    OK = "ok"
+    SYNTAX_ERROR = "syntax_error"
+    UNSAFE = "unsafe"
+    NONDETERMINISTIC = "nondeterministic"
+    TIMEOUT = "timeout"
+    MEMORY = "memory"
+    OUTPUT_TOO_LARGE = "output_too_large"
+    RUNTIME_ERROR = "runtime_error"
+    NO_FUNCTION = "no_function"
+    UNSERIALISABLE = "unserialisable"
+    BAD_INPUT = "bad_input"
+    SOURCE_TOO_LARGE = "source_too_large"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one call. `output`: literal text; `error`: class of the exception, or the offending name."""
+
+    verdict: Verdict
+    output: str = ""
+    error: str = ""
+    stage: str = ""  # where the program raised `error`: "load" (before f was called) or "call"; "" if it did not raise
+    cpu_s: float = 0.0  # this call's share of its child's CPU time
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict is Verdict.OK
+
+    @property
+    def answered(self) -> bool:
+        """The call returned or raised, which other calls can be compared with; nothing ended it from outside."""
+        return self.ok or self.stage != ""
 
 
 @dataclass(frozen=True)
@@ -73,131 +134,212 @@ class Judgement:
     error: str = ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The judge
+def agree(claims: Sequence[Result]) -> Result:
+    """The rule of determinism: one result from all calls of a program with one input, over all processes so far.
+
+    Each of two processes with different, fixed hash seeds calls it twice (`Limits.hash_seeds`, `repeats`). Every call
+    must do the same: return an equal output (stricter than `same_value`: 1 is not True; the order of sets and dicts is
+    free), or raise an exception of the same class at the same stage. All else, say a limit that is met, decides alone.
+    """
+    first = claims[0]
+    for claim in claims:
+        if not claim.answered:
+            return claim
+    for claim in claims:
+        same = (claim.verdict, claim.error, claim.stage) == (first.verdict, first.error, first.stage)
+        if not same or (claim.output != first.output and unordered(claim.output) != unordered(first.output)):
+            return Result(Verdict.NONDETERMINISTIC)
+    return first
 
 
-class Executor:
+def unordered(output: str) -> str:
+    return canonical(parse_literal(output, len(output)))
+
+
+def same_value(a: object, b: object) -> bool:
+    """The rule of equality: Python's == on plain values (True == 1 == 1.0, -0.0 == 0.0, order of sets and dicts
+    ignored, a list is no tuple), except that nan equals nan, also inside containers."""
+    if type(a) is float and type(b) is float and a != a and b != b:
+        return True
+    if type(a) is type(b) and type(a) in (list, tuple):
+        return len(a) == len(b) and all(map(same_value, a, b))
+    if type(a) is dict and type(b) is dict and a.keys() == b.keys():
+        return all(same_value(a[key], b[key]) for key in a)
+    return a == b or (type(a) in (dict, set, frozenset) and canonical(a) == canonical(b))  # nan as an element or key
+
+
+class Executor(AbstractContextManager):
     """Runs batches of programs and judges answers. A context manager; start it before the process grows.
 
-    lanes             fork servers, spread over the hash seeds; default: two per core, at most 32
-    cpu_s             CPU seconds of one call in `run` and the verify functions; `validate_cpu_s` for each of its calls
-    memory_mb         memory a validated call may use; later runs get a quarter more, so that no task sits on the edge
-    hash_seeds        a proposal is run in one process for each; everything else uses the first
-    repeats           calls of a proposal in each of these processes
-    gate, full_builtins, modules, entry
-                      the static filter; all builtins and real modules (for benchmark solutions); what can be imported;
-                      the function to call, or None for scripts that read stdin and print (inputs are then stdin texts)
-    isolation         "auto": what the machine grants; "require": refuse to start without seccomp; "minimal": none
+    `lanes`: fork servers, spread over the hash seeds; by default two per core, at most 32. `limits`: any field of
+    `Limits`, say memory_mb=512. `close()` ends the servers.
     """
 
-    def __init__(
-        self,
-        lanes: int | None = None,
-        *,
-        cpu_s: float = 2.0,
-        validate_cpu_s: float = 1.0,
-        memory_mb: int = 256,
-        hash_seeds: Sequence[int] = (0, 1),
-        repeats: int = 2,
-        inputs_per_fork: int = 32,
-        gate: bool = True,
-        full_builtins: bool = False,
-        modules: Sequence[str] = ALLOWED_MODULES,
-        entry: str | None = "f",
-        isolation: str = "auto",
-        max_output_chars: int = 10_000,
-        max_source_chars: int = 20_000,
-        max_literal_chars: int = 20_000,
-    ) -> None:
-        if isolation not in ("auto", "require", "minimal"):
-            raise ValueError(f"isolation must be auto, require or minimal, not {isolation!r}")
+    def __init__(self, lanes: int | None = None, **limits: object) -> None:
+        self.limits = Limits(**limits)
+        if self.limits.isolation not in ("auto", "minimal"):
+            raise ValueError(f"isolation must be auto or minimal, not {self.limits.isolation!r}")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = max(len(hash_seeds), lanes or min(32, 2 * cores))
-        self.cpu_s, self.validate_cpu_s, self.memory = cpu_s, validate_cpu_s, memory_mb << 20
-        self.hash_seeds, self.repeats, self.inputs_per_fork = tuple(hash_seeds), repeats, inputs_per_fork
-        self.entry, self.max_source_chars, self.max_output_chars = entry, max_source_chars, max_output_chars
-        self.max_literal_chars = max(max_literal_chars, max_output_chars)
-        self.restarts = 0  # lanes that had to be started again
-        config = {"modules": list(modules), "gate": gate, "full_builtins": full_builtins, "entry": entry}
-        config |= {"isolation": isolation, "max_output_chars": max_output_chars}
-        self.lanes = [Lane(self.hash_seeds[i % len(self.hash_seeds)], config) for i in range(count)]
-        self.close = weakref.finalize(self, close_lanes, self.lanes)  # also when forgotten, also at exit
-        self.lanes[0].ready()
-        self.layers: dict = self.lanes[0].layers | {"gate": gate, "full_builtins": full_builtins}
-        if isolation == "require" and not self.layers["seccomp"]:
-            self.close()
-            raise RuntimeError("this system has no seccomp filter: use a Linux container or a VM, or isolation='auto'")
-        missing = [name for name in ("seccomp", "landlock", "namespaces", "cpu_clock") if not self.layers[name]]
-        if "seccomp" in missing and isolation == "auto":
-            print(f"executor: running without {', '.join(missing)}; prefer a Linux container or a VM", file=sys.stderr)
-
-    def __enter__(self) -> "Executor":
-        return self
+        self.pool = Pool(lanes or min(32, 2 * cores), asdict(self.limits))
+        self.close = weakref.finalize(self, self.pool.close)  # also when forgotten, also at exit
+        self.lanes = self.pool.lanes
+        self.layers = self.lanes[0].ready()
+        if not self.layers["seccomp"] and self.limits.isolation == "auto":
+            print("executor: running without seccomp; prefer a Linux container or a VM", file=sys.stderr)
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Five questions, each for a batch. `progress` is called with the number of jobs newly done.
+    @property
+    def restarts(self) -> int:
+        """Servers that had to be started again so far."""
+        return sum(lane.starts - 1 for lane in self.lanes)
 
     def run(
-        self,
-        jobs: Sequence[tuple[str, Sequence[str]]],
-        progress: Callable[[int], None] | None = None,
-        cpu_s: float | Sequence[float] | None = None,
+        self, jobs: Jobs, progress: Progress = None, cpu_s: float | Sequence[float] | None = None
     ) -> list[list[Result]]:
         """Call each (program, [argument texts]) once per input. `cpu_s`: CPU seconds per call, for all or per job."""
-        return Batch(self, jobs, progress, cpu_s or self.cpu_s).results
+        return Batch(self, jobs, progress, cpu_s or self.limits.cpu_s).results
 
-    def validate(
-        self, jobs: Sequence[tuple[str, Sequence[str]]], progress: Callable[[int], None] | None = None
-    ) -> list[list[Result]]:
-        """As `run`, but OK only if the program runs, is safe and is deterministic. After a timeout the program's other
-        inputs are not tried: they count as timeouts too."""
-        return Batch(self, jobs, progress, self.validate_cpu_s, checked=True, persistent=False).results
+    def validate(self, jobs: Jobs, progress: Progress = None) -> list[list[Result]]:
+        """As `run`, but OK only if the program runs, is safe and is deterministic (`agree`). After a timeout a job's
+        other inputs are not tried: they count as timeouts too."""
+        return Batch(self, jobs, progress, self.limits.validate_cpu_s, checked=True, patient=False).results
 
-    def verify_deduction(self, jobs: Sequence[tuple[str, str]]) -> list[Judgement]:
-        """Compare each (gold output, answer) as values. Nothing is run."""
-        return [self._compare(gold, answer) for gold, answer in jobs]
-
-    def verify_abduction(
-        self, jobs: Sequence[tuple[str, str, str]], progress: Callable[[int], None] | None = None
+    def verify(
+        self, jobs: Sequence[tuple[str, Sequence[str], Sequence[str]]], progress: Progress = None
     ) -> list[Judgement]:
-        """Each (program, gold output, answered arguments) is right if the program returns the gold output for them."""
-        results = self.run([(program, [answer]) for program, _, answer in jobs], progress)
-        pairs = zip(jobs, results, strict=True)
-        return [self._compare(gold, result.output, result) for (_, gold, _), [result] in pairs]
-
-    def verify_induction(
-        self, jobs: Sequence[tuple[str, Sequence[str], Sequence[str]]], progress: Callable[[int], None] | None = None
-    ) -> list[Judgement]:
-        """Each (answered program, hidden inputs, hidden outputs) is right if it returns every hidden output. Outputs
-        stay here: the process that runs the program only gets the inputs."""
-        for _, inputs, outputs in jobs:
-            if not inputs or len(inputs) != len(outputs):
-                raise ValueError("an induction job needs at least one hidden pair, and as many outputs as inputs")
-        batch = Batch(self, [(program, inputs) for program, inputs, _ in jobs], progress, self.cpu_s, persistent=False)
+        """Each (program, inputs, gold outputs) is right if the program returns every gold output. Gold outputs stay
+        here: the process that runs the program only gets the inputs. After a timeout as in `validate`."""
+        if not all(inputs and len(inputs) == len(golds) for _, inputs, golds in jobs):
+            raise ValueError("verify needs at least one hidden pair for each program, and as many outputs as inputs")
+        calls = [(program, inputs) for program, inputs, _ in jobs]
         judgements = []
+        batch = Batch(self, calls, progress, self.limits.cpu_s, patient=False)
         for (_, _, golds), results in zip(jobs, batch.results, strict=True):
-            pairs = [self._compare(gold, r.output, r) for gold, r in zip(golds, results, strict=True)]
+            pairs = [self._judge(gold, result) for gold, result in zip(golds, results, strict=True)]
             first = next((pair for pair in pairs if pair.verdict is not Verdict.OK), pairs[0])
             score = sum(pair.correct for pair in pairs) / len(pairs)
             judgements.append(Judgement(score == 1.0, score, first.verdict, first.error))
         return judgements
 
-    def _compare(self, gold: str, claim: str, result: Result = Result(Verdict.OK)) -> Judgement:  # noqa: B008
+    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Judgement]:
+        """Each (gold output, answer) is right if they are equal as values (`same_value`). Nothing is run."""
+        return [self._judge(gold, Result(Verdict.OK, answer)) for gold, answer in pairs]
+
+    def _judge(self, gold: str, result: Result) -> Judgement:
         if not result.ok:
             return Judgement(False, 0.0, result.verdict, result.error)
         try:
-            wanted = parse_literal(gold, self.max_literal_chars)
-            correct = same_value(wanted, parse_literal(claim, self.max_literal_chars))
+            correct = same_value(
+                *(parse_literal(text, self.limits.max_literal_chars) for text in (gold, result.output))
+            )
         except BadLiteral:
             return Judgement(False, 0.0, Verdict.OK, "BadLiteral")
         return Judgement(correct, float(correct), Verdict.OK)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# By hand
+NOT_TRIED = Result(Verdict.TIMEOUT, error="not tried")
+
+
+@dataclass(eq=False)
+class Cell:
+    """One distinct call of a program: what it has claimed so far, and the (job, input) pairs that asked for it."""
+
+    call: bytes  # marshalled (arguments, keyword arguments): trusted data on its way down
+    claims: list[Result]
+    places: list[tuple[int, int]] = field(default_factory=list)
+    cpu_s: float = 0.0
+
+
+class Batch:
+    """Finds identical (program, input) pairs, which run once, and has each program's calls examined; `results` has a
+    list per job. `checked`: every hash seed, several calls in each process. `patient`: go on with a job's other inputs
+    after one of them timed out."""
+
+    def __init__(self, executor: Executor, jobs: Jobs, progress: Progress, cpu_s, checked=False, patient=True) -> None:
+        if not executor.close.alive:
+            raise RuntimeError("this executor is closed: make a new one")
+        self.pool, self.limits, self.patient = executor.pool, executor.limits, patient
+        self.seeds = self.limits.hash_seeds if checked else self.limits.hash_seeds[:1]
+        self.repeats = self.limits.repeats if checked else 1
+        self.memory = (self.limits.memory_mb << 20) * (4 if checked else 5) // 4
+        self.results: list[list] = [[None] * len(inputs) for _, inputs in jobs]
+        self.progress = progress or (lambda n: None)
+        self.progress(self.results.count([]))
+        programs: dict[tuple[str, float], dict[bytes, Cell]] = {}
+        marshalled = cache(self.marshalled)
+        seconds = cpu_s if isinstance(cpu_s, Sequence) else [cpu_s] * len(jobs)
+        for j, ((program, inputs), limit) in enumerate(zip(jobs, seconds, strict=True)):
+            cells = programs.setdefault((program, limit), {})
+            for i, text in enumerate(inputs):
+                call = marshalled(text)
+                refused = [] if call else [Result(Verdict.BAD_INPUT)]
+                if len(program) > self.limits.max_source_chars:
+                    refused = [Result(Verdict.SOURCE_TOO_LARGE)]
+                cells.setdefault(call, Cell(call, refused)).places.append((j, i))
+        parts = []
+        for (program, limit), cells in programs.items():
+            for i in range(0, len(cells), self.limits.inputs_per_fork):
+                parts.append((program, limit, list(cells.values())[i : i + self.limits.inputs_per_fork]))
+        self.pool.each(self.examine, parts, self.settle)
+
+    def marshalled(self, text: str) -> bytes:
+        """The arguments of a call; nothing if the text is no list of literals."""
+        try:
+            arguments = parse_arguments(text, self.limits.max_literal_chars)
+        except BadLiteral:
+            return b""
+        return marshal.dumps(arguments, 2)  # version 2: equal values give equal bytes
+
+    def examine(self, part: tuple[str, float, list[Cell]]) -> list[Cell]:
+        """Collect the claims of a program's calls, seed by seed, in the thread of a lane. A call that kills its child
+        leaves none: then the cause of death is its claim, and another child goes on behind it."""
+        (program, cpu_s, cells), repeats = part, self.repeats
+        cells = [cell for cell in cells if not cell.claims]
+        for seed in self.seeds:
+            left = cells
+            while left:
+                calls = [cell.call for cell in left]
+                lines, cause, spent = self.pool.ask(seed, program, calls, repeats, cpu_s, self.memory)
+                for cell in left:
+                    cell.cpu_s += spent / len(left)
+                whole = len(lines) // repeats
+                for n, cell in enumerate(left[:whole]):
+                    cell.claims += map(self.read, lines[n * repeats : (n + 1) * repeats])
+                died, left = left[whole : whole + 1], left[whole + 1 :]
+                for cell in died:
+                    cell.claims.append(self.read(cause))
+                    if cell.claims[-1].verdict is Verdict.TIMEOUT and not self.patient:
+                        late = {job for job, _ in cell.places}
+                        left = [cell for cell in left if not late.issuperset(job for job, _ in cell.places)]
+            cells = [cell for cell in cells if cell.claims and agree(cell.claims).answered]
+        return part[2]
+
+    def settle(self, cells: list[Cell]) -> None:
+        for cell in cells:
+            result = replace(agree(cell.claims or [NOT_TRIED]), cpu_s=cell.cpu_s)
+            for j, i in cell.places:
+                self.results[j][i] = result
+                if all(self.results[j]):
+                    self.progress(1)
+
+    def read(self, line: str) -> Result:
+        """One claim, believed only as far as its form allows; its text is parsed and written anew."""
+        (word, _, text), most = line.partition("\t"), self.limits.max_output_chars
+        error = text if len(text) <= 64 and text.replace(".", "_").isidentifier() else ""
+        try:
+            if word == "ok":
+                value = parse_literal(text, most)
+                return Result(Verdict.OK, serialise(value, most, max_depth=literals.LITERAL_DEPTH))
+            if word in ("load", "call"):
+                return Result(Verdict.RUNTIME_ERROR, error=error, stage=word)
+            return Result(Verdict(word), error=error)
+        except Refused as refusal:
+            return Result(Verdict(refusal.verdict))
+        except ValueError:  # a BadLiteral, or no verdict at all
+            return Result(Verdict.RUNTIME_ERROR, error="protocol")
+
 
 ESCAPES = {  # what the doctor tries, with the filter off and all builtins
     "read a file": "def f():\n    return open('/etc/passwd').read(4)",
@@ -211,10 +353,12 @@ ESCAPES = {  # what the doctor tries, with the filter off and all builtins
 
 
 def doctor() -> int:
-    """Print the layers and the fate of some escapes; returns the number of escapes that worked."""
+    """Print the limits, the layers and the fate of some escapes; returns the number of escapes that worked."""
+    print("| limit | value | unit | what it guards |\n|---|---|---|---|")
+    for line in fields(Limits):
+        print(f"| {line.name} | {line.default} | {line.metadata['unit']} | {line.metadata['guards']} |")
     with Executor(2, cpu_s=0.5, gate=False, full_builtins=True) as executor:
-        for name, value in executor.layers.items():
-            print(f"{name:15} {value}")
+        print(*(f"{name:18} {value}" for name, value in executor.layers.items()), sep="\n")
         results = executor.run([(program, [""]) for program in ESCAPES.values()])
     for name, [result] in zip(ESCAPES, results, strict=True):
         print(f"{name:18} {'NOT CONTAINED' if result.ok else 'contained'} ({result.verdict} {result.error})")
@@ -225,7 +369,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run one program by hand, or see what this machine grants.")
     parser.add_argument("file", nargs="?", help="a Python file that defines f")
     parser.add_argument("input", nargs="?", default="", help='its arguments, say "[1, 2], k=3"')
-    parser.add_argument("--doctor", action="store_true", help="print the active layers and try to break out")
+    parser.add_argument("--doctor", action="store_true", help="print all limits and layers, and try to break out")
     arguments = parser.parse_args()
     if arguments.doctor:
         return doctor()
@@ -237,8 +381,8 @@ def main() -> int:
         parser.error(f"{arguments.file} is no Python file that can be read ({error})")
     with Executor(2) as executor:
         [[result]] = executor.validate([(program, [arguments.input])])
-    print(f"verdict  {result.verdict} {result.error}\noutput   {result.output}")
-    print(f"cpu      {result.cpu_s * 1000:.1f} ms\nwall     {result.wall_s * 1000:.1f} ms")
+    print(f"verdict  {result.verdict} {result.error} {result.stage}\noutput   {result.output}")
+    print(f"cpu      {result.cpu_s * 1000:.1f} ms")
     return 0 if result.ok else 1
 
 

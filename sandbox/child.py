@@ -1,25 +1,21 @@
 """The executor's untrusting half: a fork server, and the child that runs one program and claims what it returned.
 
-`lanes.py` starts this file as a small process of its own (a "lane") and sends it jobs: one program and the
-arguments of some calls. For each job the server compiles the program, filters it (`gate`), forks, and relays whatever
-the child wrote, unread. It never runs model code itself and never learns what the right answer would have been.
-
-One program, from text to claim, in the order of this file:
+`lanes.py` starts this file as a small process of its own (a "lane") and sends it jobs: a program and the arguments of
+some calls. The server never runs model code itself and never learns what the right answer would have been. In the order
+of this file:
     gate          source text -> code object, or a verdict; nothing is executed
     namespaces    what the program can see: builtins without the dangerous ones, stand-ins instead of modules
     claims        run the program in a fresh namespace, call it, one line of text per call
     serve         the loop: receive, gate, fork, watch the child's CPU clock, kill, reply
 
-The kernel's part is in `layers.py`, the text of values in `literals.py`. What this file deliberately
-leaves out: equality, gold outputs and anything else that could decide a reward. Paper: arXiv 2505.03335, section 3.3.3.
-
-Usage: none by hand; see `executor.py`.
+What it deliberately leaves out: the kernel's part (`layers.py`), the text of values (`literals.py`), equality, gold
+outputs and anything else that could decide a reward. Paper: arXiv 2505.03335, section 3.3.3. Usage: see `executor.py`.
 """
 
 import ast
 import builtins
+import codecs
 import gc
-import io
 import json
 import marshal
 import os
@@ -30,6 +26,8 @@ import struct
 import sys
 import time
 import types
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 
@@ -37,10 +35,18 @@ from sandbox.layers import Layers, cpu_clock
 from sandbox.literals import Refused, serialise
 
 FRAME = struct.Struct("<I")  # length of the message that follows
-REPLY = struct.Struct("<Biff")  # why the child ended (below), its wait status, CPU seconds, wall seconds
-EXITED, CPU, WALL, FLOOD, GATE = range(5)
+HEAD = struct.Struct("<f")  # of a reply: CPU seconds; then the child's lines, and in the last why one is missing
 
-# ----------------------------------------------------------------------------------------------------------------------
+
+def receive(file) -> bytes:
+    """The next message. EOFError: the other side is gone."""
+    head = file.read(FRAME.size)
+    message = file.read(FRAME.unpack(head)[0]) if len(head) == FRAME.size else b""
+    if not message:
+        raise EOFError
+    return message
+
+
 # The static gate: a first filter and the source of clear verdicts. It can be fooled and nothing relies on it.
 
 
@@ -51,7 +57,7 @@ def words(text: str) -> frozenset[str]:
 DENIED_NAMES = words(
     "open eval exec compile input globals locals vars dir breakpoint help exit quit memoryview __import__"
 )
-ATTRIBUTE_READERS = words("getattr setattr delattr hasattr")  # fine as a direct call with a constant name
+READERS = words("getattr setattr delattr hasattr")  # fine as a direct call with a constant name
 FRAMES = words(
     "gi_frame gi_code gi_yieldfrom cr_frame cr_code cr_await ag_frame ag_code ag_await tb_frame tb_next f_back f_code "
     "f_globals f_locals f_builtins func_globals func_code co_code co_consts co_names mro"
@@ -89,71 +95,50 @@ def gate(source: str, modules: frozenset[str] | None) -> types.CodeType:
 def check(tree: ast.AST, modules: frozenset[str]) -> None:
     """Raise Refused("unsafe", what) for a construct that honest programs do not need.
 
-    Identifiers are collected by the kind of their node and not by a list of known constructs, so that a class pattern
-    (`case object(__globals__=g)`) or an alias (`import math as __builtins__`) is seen like any plain attribute.
+    Identifiers are collected by the kind of their node, and from nodes of every other kind as names that are bound, so
+    that a class pattern (`case object(__globals__=g)`) or an alias (`import math as __builtins__`) is seen as well.
     """
-    loads, bound, attributes, words, imports = set(), set(), set(), set(), set()
-    stack = [tree]
-    while stack:
-        node = stack.pop()
-        kind = type(node)
-        if kind is ast.Name:
-            (loads if type(node.ctx) is ast.Load else bound).add(node.id)
-            continue
-        if kind is ast.Constant:
-            continue
-        if kind is ast.Import or kind is ast.ImportFrom:
-            if kind is ast.Import:
-                imports.update(alias.name for alias in node.names)
-            else:
-                imports.add("." * node.level + (node.module or ""))
-                words.update(alias.name for alias in node.names)
-                if node.module != "__future__" and any(alias.name.startswith("_") for alias in node.names):
+    loads, bound, attributes, words, imports, readers = (set() for _ in range(6))
+    for node in ast.walk(tree):  # a node comes before those below it
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                loads.update(() if node in readers else (name,))
+            case ast.Constant() | ast.Attribute(value=ast.Name(id="self"), attr="__dict__"):
+                pass
+            case ast.Call(func=ast.Name(id=reader), args=[_, ast.Constant(value=str(name)), *_]) if reader in READERS:
+                readers.add(node.func)  # the same as `x.name`, and judged as such
+                attributes.add(name)
+            case ast.Attribute(attr=name):
+                attributes.add(name)
+            case ast.MatchClass(kwd_attrs=names):
+                attributes.update(names)
+            case ast.Import(names=aliases):
+                imports.update(alias.name for alias in aliases)
+            case ast.ImportFrom(module=name, names=aliases, level=level):
+                imports.add("." * level + (name or ""))
+                words.update(alias.name for alias in aliases)
+                if any(alias.name.startswith("_") for alias in aliases):
                     raise Refused("unsafe", "import")
-            bound.update(alias.asname or alias.name.partition(".")[0] for alias in node.names)
-            continue
-        if kind is ast.Call and reads_constant_name(node):
-            stack += [node.args[0], *node.args[2:]]
-            attributes.add(node.args[1].value)
-            continue
-        if kind is ast.Attribute and node.attr == "__dict__" and getattr(node.value, "id", "") == "self":
-            continue
-        target = attributes if kind in (ast.Attribute, ast.MatchClass) else words if kind is ast.keyword else bound
-        for field in node._fields:
-            value = getattr(node, field, None)
-            for item in value if type(value) is list else (value,):
-                if isinstance(item, ast.AST):
-                    stack.append(item)
-                elif type(item) is str:
-                    target.add(item)
-    bad = {name for name in loads | bound | attributes | words if is_dunder(name)} - DUNDERS
-    bad |= (loads - bound) & (DENIED_NAMES | ATTRIBUTE_READERS) | attributes & FRAMES | imports - modules
+            case ast.alias(name=name, asname=alias):
+                bound.add(alias or name.partition(".")[0])
+            case ast.keyword(arg=name):
+                words.add(name or "")
+            case _:
+                for _, value in ast.iter_fields(node):
+                    bound.update(item for item in (value if type(value) is list else [value]) if type(item) is str)
+    names = loads | bound | attributes | words
+    bad = {name for name in names if name.startswith("__") and name.endswith("__")} - DUNDERS
+    bad |= (loads - bound) & (DENIED_NAMES | READERS) | attributes & FRAMES | imports - modules
     if "datetime" in imports:  # the only allowed module with a clock
         bad |= attributes & CLOCKS - bound
     if bad:
         raise Refused("unsafe", min(bad))
 
 
-def reads_constant_name(call: ast.Call) -> bool:
-    """True for `getattr(x, "name")` and its like: the same as writing `x.name`, and judged as such."""
-    direct = type(call.func) is ast.Name and call.func.id in ATTRIBUTE_READERS and len(call.args) >= 2
-    return direct and type(call.args[1]) is ast.Constant and type(call.args[1].value) is str
-
-
-def is_dunder(name: str) -> bool:
-    return name.startswith("__") and name.endswith("__")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # What the program can see. Fresh for every call, so that state and patches never reach the next one.
 
-HIDDEN = {  # public names that read attributes by text or evaluate it
-    "operator": {"attrgetter", "methodcaller"},
-    "string": {"Formatter"},
-    "typing": {"get_type_hints", "ForwardRef"},
-}
-# What the C code of datetime imports through the *program's* __import__ (it then reads sys.modules).
-FOR_C_CODE = ("time", "_strptime")
+HIDDEN = words("attrgetter methodcaller Formatter get_type_hints ForwardRef")  # read attributes by text or evaluate it
+FOR_C_CODE = ("time", "_strptime")  # datetime's C code imports these through the program's __import__, unread
 
 
 class Forbidden(ImportError):
@@ -162,9 +147,11 @@ class Forbidden(ImportError):
 
 def public_names(name: str) -> dict:
     """The names a program may use of an allowed module: no private ones, no modules (`dataclasses.sys` leads out)."""
-    items = vars(sys.modules[name]).items()
-    hidden = HIDDEN.get(name, ())
-    return {k: v for k, v in items if not k.startswith("_") and k not in hidden and type(v) is not types.ModuleType}
+    return {
+        key: value
+        for key, value in vars(sys.modules[name]).items()
+        if not key.startswith("_") and key not in HIDDEN and type(value) is not types.ModuleType
+    }
 
 
 def make_importer(table: dict, for_c_code: tuple, module_type: type, forbidden: type) -> tuple:
@@ -191,7 +178,7 @@ def make_importer(table: dict, for_c_code: tuple, module_type: type, forbidden: 
     return __import__, loaded
 
 
-def namespace_maker(modules: list[str], full_builtins: bool):
+def namespace_maker(modules: list[str], full_builtins: bool) -> Callable[[], dict]:
     """A function that returns the globals of one fresh program."""
     if full_builtins:
         builtins.exit = builtins.quit = sys.exit  # what the site module would have added
@@ -208,37 +195,32 @@ def namespace_maker(modules: list[str], full_builtins: bool):
     return fresh
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# In the child: run, call, claim
-
-
-def claims(code: types.CodeType, call: bytes, repeats: int, fresh, config: dict):
+def claims(code: types.CodeType, call: bytes, repeats: int, fresh: Callable, entry: str, most: int):
     """Yield one line per repeat of one call: verdict TAB text LF. `call`: marshalled (arguments, keyword arguments).
 
     The program is executed once in a fresh namespace and called `repeats` times there with fresh arguments, so that
-    state kept between calls shows. An entry of None means a script: the only argument is its standard input.
+    state kept between calls shows. In place of a verdict, "load" or "call" says where the program raised the exception
+    that the text names.
     """
-    namespace, entry, failure = fresh(), config["entry"], None
+    namespace, failure = fresh(), ""
     try:
-        if entry is not None:
-            exec(code, namespace)
-            if not callable(namespace.get(entry)):
-                raise Refused("no_function")
+        exec(code, namespace)
+        if not callable(namespace.get(entry)):
+            raise Refused("no_function")
     except BaseException as error:
-        failure = explain(error)
+        failure = explain(error, "load")
     for _ in range(repeats):
         line = failure
-        if line is None:
-            try:
+        try:
+            if not failure:
                 args, kwargs = marshal.loads(call)
-                value = run_script(code, fresh(), *args) if entry is None else namespace[entry](*args, **kwargs)
-                line = "ok\t" + serialise(value, config["max_output_chars"])
-            except BaseException as error:
-                line = explain(error)
+                line = "ok\t" + serialise(namespace[entry](*args, **kwargs), most)
+        except BaseException as error:
+            line = explain(error, "call")
         yield line.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException, where: str) -> str:
     kind = type(error)  # never isinstance: a program's exception may have a __class__ of its own making
     if kind is Refused:
         return f"{error.verdict}\t{error.error}"
@@ -246,183 +228,140 @@ def explain(error: BaseException) -> str:
         return "memory\tMemoryError"
     if kind is Forbidden:
         return "unsafe\timport"
-    return "runtime_error\t" + type.__dict__["__name__"].__get__(kind).replace("\n", " ")
+    return f"{where}\t" + type.__dict__["__name__"].__get__(kind).replace("\n", " ")
 
 
-def run_script(code: types.CodeType, namespace: dict, text: str) -> str:
-    """Run a whole program with `text` as its standard input; what it printed is its value."""
-    sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode("utf-8", "backslashreplace")), "utf-8")
-    sys.stdout = printed = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
-    buffer = printed.buffer
-    try:
-        exec(code, namespace)
-    except SystemExit as stop:
-        if stop.code not in (None, 0):
-            raise
-    printed.flush()
-    return buffer.getvalue().decode("utf-8", "backslashreplace")
+class Server:
+    """One fork server. `config`: the options and limits of the executor, by name."""
 
+    def __init__(self, channel: int, config: dict) -> None:
+        """Import, confine this process, say what holds, then settle its memory: every page a child writes is copied."""
+        os.environ.clear()
+        self.channel, self.config, self.trainer = channel, config, os.getppid()
+        self.inbox, self.outbox = os.fdopen(channel, "rb"), os.fdopen(channel, "wb", closefd=False)
+        self.allowed = frozenset(config["modules"]) if config["gate"] else None
+        self.layers = Layers(config["isolation"])
+        os.register_at_fork, real = (lambda **hooks: None), os.register_at_fork  # `random` would re-seed in every child
+        for name in [*config["modules"], "_strptime"]:
+            __import__(name)
+        os.register_at_fork = real
+        names = "ascii latin-1 utf-16 utf-16-le utf-16-be utf-32 utf-8-sig cp1252 unicode_escape rot13 hex base64"
+        for name in words(names):
+            codecs.lookup(name)  # later the files they live in are out of reach
+        warnings.simplefilter("ignore")
+        sys.unraisablehook = lambda *_: None
+        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.modules["__main__"] = types.ModuleType("__main__")  # programs are __main__; dataclasses look it up
+        self.layers.confine(config["file_bytes"])
+        os.dup2(1, 2)  # errors of the start were worth seeing; from here on /dev/null
+        self.fresh = namespace_maker(config["modules"], config["full_builtins"])
+        self.send(json.dumps(self.layers.active).encode())
+        self.warm_up()
+        gc.collect()
+        gc.freeze()
+        # Fill the holes that the imports left: what a job allocates then lies together, 50 pages fewer per fork.
+        self.plugs = [bytes(size) for size in range(8, 473, 16) for _ in range(50)]
 
-def child(code: types.CodeType, job: tuple, fresh, writer: int, channel: int, config: dict, layers: Layers) -> None:
-    """The life of a child; never returns. The pipe is the only descriptor it holds besides /dev/null."""
-    leave = os._exit
-    try:
-        _, calls, repeats, cpu_s, memory = job
-        os.close(channel)
-        layers.enter_child(cpu_s * len(calls) * repeats, memory)
-        for call in calls:
-            for line in claims(code, call, repeats, fresh, config):
-                os.write(writer, line)
-    finally:
-        leave(0)  # no teardown: __del__ and atexit of the program do not run, and 0 means nothing to anybody
+    def warm_up(self) -> None:
+        """Run a program of ours until the interpreter has finished rewriting the code we run: it specialises
+        instructions in place, and in a child every page so written is a page fault (half of a run is page faults)."""
+        entry = self.config["entry"]
+        source = f"import math\nclass A: pass\ndef {entry}(x): return [x, str(x), {{x: (1.5, None)}}, {{x, 2}}]\n"
+        code, call = gate(source, self.allowed), marshal.dumps(((1,), {}))
+        for _ in range(100):
+            list(claims(code, call, 1, self.fresh, entry, 1000))
+        for _ in range(20):
+            self.run(source, [call], 1, 1.0, 1 << 28)
 
+    def serve(self) -> None:
+        """Run jobs until the trainer is gone, or until this process has grown."""
+        limit = peak_rss() * self.config["growth"]
+        while os.getppid() == self.trainer:  # a forked relative of the trainer may keep the channel open for ever
+            if select.select([self.channel], [], [], 1.0)[0]:
+                self.send(self.run(*marshal.loads(receive(self.inbox))))
+                if peak_rss() > limit:
+                    return  # after a monstrous source every fork would pay: be started again
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The server
+    def send(self, message: bytes) -> None:
+        self.outbox.write(FRAME.pack(len(message)) + message)
+        self.outbox.flush()
 
+    def run(self, program: str, calls: list[bytes], repeats: int, cpu_s: float, memory: int) -> bytes:
+        """Gate, fork, watch, kill: the reply to one job."""
+        lines, entry, most = len(calls) * repeats, self.config["entry"], self.config["max_output_chars"]
+        try:
+            signal.setitimer(signal.ITIMER_PROF, self.config["compile_cpu_s"])  # ends this process: nested finally
+            code = gate(program, self.allowed)  # can take minutes to compile
+        except Refused as refusal:
+            return HEAD.pack(0.0) + f"{refusal.verdict}\t{refusal.error}\n".encode() * lines
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:  # the child; never returns. The pipe is the only descriptor it holds besides /dev/null
+            leave = os._exit
+            try:
+                os.close(self.channel)
+                self.layers.enter_child(cpu_s * lines, memory, self.config["processes"])
+                for call in calls:
+                    for line in claims(code, call, repeats, self.fresh, entry, most):
+                        os.write(writer, line)
+            finally:
+                leave(0)  # no teardown: __del__ and atexit of the program do not run, and 0 means nothing to anybody
+        os.close(writer)
+        try:
+            cause, out = self.watch(pid, reader, lines, cpu_s)
+        finally:
+            os.close(reader)
+            for kill in (os.kill, os.killpg):  # also after a clean end: it may have closed its pipe and gone on
+                with suppress(ProcessLookupError, PermissionError):
+                    kill(pid, signal.SIGKILL)
+            _, status, usage = os.wait4(pid, 0)
+        if os.WIFSIGNALED(status):  # of what the kernel says of its end, this is what it cannot fake in its favour
+            cause = {signal.SIGSYS: "unsafe\tsystem_call", signal.SIGXCPU: "timeout"}.get(os.WTERMSIG(status), cause)
+        text = b"\n".join([*out.split(b"\n")[:-1][:lines], cause.encode()])  # what follows the last LF is unfinished
+        return HEAD.pack(usage.ru_utime + usage.ru_stime) + text
 
-def read_exactly(channel: int, n: int) -> bytes:
-    data = bytearray()
-    while len(data) < n:
-        piece = os.read(channel, n - len(data))
-        if not piece:
-            raise EOFError
-        data += piece
-    return bytes(data)
+    def watch(self, pid: int, reader: int, lines: int, cpu_s: float) -> tuple[str, bytes]:
+        """Collect what the child writes until it is done, too slow or too talkative. EOFError: the trainer is gone.
 
-
-def reply(channel: int, reason: int, status: int, cpu_s: float, wall_s: float, text: bytes) -> None:
-    message = REPLY.pack(reason, status, cpu_s, wall_s) + text
-    view = memoryview(FRAME.pack(len(message)) + message)
-    while view:
-        view = view[os.write(channel, view) :]
-
-
-def watch(pid: int, reader: int, channel: int, lines: int, cpu_s: float, most: int) -> tuple[int, bytes]:
-    """Collect what the child writes until it is done, too slow or too talkative; raise EOFError if the trainer is gone.
-
-    `cpu_s` is for each line, by the child's own CPU clock, so that a busy machine turns no honest program into a
-    timeout. Sleepers are ended by the wall: after 5 s (or 5 times the limit) in which that clock stood still. A share
-    of the wall time would not do: on a busy machine a program may well wait for its first millisecond.
-    """
-    poller, out = select.poll(), bytearray()
-    poller.register(reader, select.POLLIN)
-    poller.register(channel, 0)  # only a hang-up is reported
-    since = moved = time.monotonic()
-    spent, clock, seen = 0.0, 0.0, 0  # CPU seconds at the last line and at the last move; lines so far
-    while True:
-        events = dict(poller.poll(20))
-        if channel in events:
-            raise EOFError
-        cpu = cpu_clock(pid)
-        if reader in events:
-            data = os.read(reader, 65536)
-            if not data:
-                return EXITED, bytes(out)
-            out += data
-            if b"\n" in data:
+        `cpu_s` is for each line, by the child's own CPU clock, so that a busy machine turns no honest program into a
+        timeout. Sleepers are ended by the wall: when that clock stands still. A share of the wall time would not do:
+        on a busy machine a program may well wait for its first millisecond.
+        """
+        still_s = max(self.config["still_s"], 5 * cpu_s)
+        wall_s = self.config["wall_s"] + 100 * cpu_s
+        most = lines * (4 * self.config["max_output_chars"] + 200)
+        poller, out = select.poll(), bytearray()
+        poller.register(reader, select.POLLIN)
+        poller.register(self.channel, 0)  # only a hang-up is reported
+        since = moved = time.monotonic()
+        spent, clock, seen = 0.0, 0.0, 0  # CPU seconds at the last line and at the last move; lines so far
+        while len(out) <= most:
+            events = dict(poller.poll(20))
+            if self.channel in events:
+                raise EOFError
+            cpu, now = cpu_clock(pid), time.monotonic()
+            if reader in events:
+                data = os.read(reader, 65536)
+                out += data
                 seen += data.count(b"\n")
-                if seen >= lines:
-                    return EXITED, bytes(out)
-                since, spent = time.monotonic(), cpu or spent
-        if len(out) > most:
-            return FLOOD, bytes(out[:most])
-        now = time.monotonic()
-        if cpu is not None and cpu - clock > 0.001:
-            clock, moved = cpu, now
-        if cpu is not None and cpu - spent > cpu_s:
-            return CPU, bytes(out)
-        if now - moved > max(5.0, 5 * cpu_s) or now - since > 10 + 100 * cpu_s:
-            return WALL, bytes(out)
+                if not data or seen >= lines:
+                    return "runtime_error\tdied", out
+                if b"\n" in data:
+                    since, spent = now, cpu or spent
+            if cpu is not None and cpu - clock > 0.001:
+                clock, moved = cpu, now
+            if (cpu is not None and cpu - spent > cpu_s) or now - moved > still_s or now - since > wall_s:
+                return "timeout", out
+        return "output_too_large", out
 
 
-def run_job(job: tuple, fresh, channel: int, config: dict, layers: Layers) -> tuple[int, int, float, float, bytes]:
-    """Gate, fork, watch, kill: returns (reason, wait status, CPU seconds, wall seconds, the child's lines)."""
-    program, calls, repeats, cpu_s, _ = job
-    started = time.monotonic()
-    try:
-        signal.setitimer(signal.ITIMER_PROF, 2.0)  # nested finally can take minutes to compile: end the lane then
-        code = gate(program, config["allowed"])
-    except Refused as refusal:
-        return GATE, 0, 0.0, time.monotonic() - started, f"{refusal.verdict}\t{refusal.error}".encode()
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        child(code, job, fresh, writer, channel, config, layers)
-    os.close(writer)
-    try:
-        lines = len(calls) * repeats
-        reason, out = watch(pid, reader, channel, lines, cpu_s, lines * (4 * config["max_output_chars"] + 200))
-    finally:
-        os.close(reader)
-        for kill in (os.kill, os.killpg):  # always, also after a clean end: it may have closed its pipe and gone on
-            with suppress(ProcessLookupError, PermissionError):
-                kill(pid, signal.SIGKILL)
-        _, status, usage = os.wait4(pid, 0)
-    return reason, status, usage.ru_utime + usage.ru_stime, time.monotonic() - started, out
-
-
-def warm_up(fresh, channel: int, config: dict, layers: Layers) -> None:
-    """Run a program of ours often enough that the interpreter has finished rewriting the code we run: it specialises
-    instructions in place, and in a child every page so written is a page fault (and half of a run is page faults)."""
-    entry = config["entry"] or "f"
-    source = f"import math\nclass A:\n    pass\ndef {entry}(x):\n    return [x, str(x), {{x: (1.5, None)}}, {{x, 2}}]\n"
-    job = (source, [marshal.dumps(((1,), {}))], 1, 1.0, 1 << 28)
-    trusted = config | {"entry": entry}
-    code = gate(source, config["allowed"])
-    for _ in range(100):
-        for _ in claims(code, job[1][0], 1, fresh, trusted):
-            pass
-    for _ in range(20):
-        run_job(job, fresh, channel, trusted, layers)
-
-
-def serve(channel: int, config: dict) -> None:
-    """Prepare and confine this process, say what holds, then run jobs until the trainer is gone."""
-    import codecs
-    import warnings
-
-    os.environ.clear()
-    config["allowed"] = frozenset(config["modules"]) if config["gate"] else None
-    trainer, layers = os.getppid(), Layers(config["isolation"])
-    os.register_at_fork, real = (lambda **hooks: None), os.register_at_fork  # `random` would re-seed in every child
-    for name in [*config["modules"], "_strptime"]:
-        __import__(name)
-    os.register_at_fork = real
-    codec_names = "ascii latin-1 utf-16 utf-16-le utf-16-be utf-32 utf-8-sig cp1252 unicode_escape rot13 hex base64"
-    for codec in words(codec_names):
-        codecs.lookup(codec)  # later the files they live in are out of reach
-    warnings.simplefilter("ignore")
-    sys.unraisablehook = lambda *_: None
-    sys.stdout.reconfigure(errors="backslashreplace")
-    sys.modules["__main__"] = types.ModuleType("__main__")  # programs are __main__; dataclasses look their module up
-    layers.confine()
-    os.dup2(1, 2)  # errors of the start were worth seeing; from here on /dev/null
-    fresh = namespace_maker(config["modules"], config["full_builtins"])
-    message = json.dumps(layers.active).encode()
-    os.write(channel, FRAME.pack(len(message)) + message)
-    warm_up(fresh, channel, config, layers)
-    gc.collect()
-    gc.freeze()
-    # Fill the holes that the imports left in memory: what a job allocates then lies together, and 50 pages fewer are
-    # written, so copied, for every fork.
-    plugs = [bytes(size) for size in range(8, 473, 16) for _ in range(50)]
-    limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 4
-    poller = select.poll()
-    poller.register(channel, select.POLLIN)
-    while os.getppid() == trainer:  # a forked relative of the trainer may keep the channel open for ever
-        if not poller.poll(1000):
-            continue
-        job = marshal.loads(read_exactly(channel, FRAME.unpack(read_exactly(channel, FRAME.size))[0]))
-        reply(channel, *run_job(job, fresh, channel, config, layers))
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > limit:
-            return  # a monstrous source has made this process grow, and every fork would pay: be started again
-    del plugs
+def peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main() -> None:
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        serve(int(sys.argv[1]), json.loads(sys.argv[2]))
+        Server(int(sys.argv[1]), json.loads(sys.argv[2])).serve()
     os._exit(0)

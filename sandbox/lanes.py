@@ -1,140 +1,141 @@
-"""The trusted end of a lane: starts one fork server (`child.py`) by exec and moves bytes to and from it.
+"""The trusted end of the lanes: starts fork servers (`child.py`) by exec; while a batch runs, a thread waits for each.
 
-A server is started with a fixed hash seed in an otherwise empty environment, with no descriptor but its socket, in a
-session of its own, before the trainer grows or touches a GPU, and is never forked from the trainer. It ends when its
-socket does, so nothing survives the trainer, however that ends. Nothing a server sends is trusted beyond its form.
+A server is started with a fixed hash seed in an otherwise empty environment, with no descriptor but its socket, before
+the trainer grows or touches a GPU, and is never forked from the trainer. It ends when its socket does, so nothing
+survives the trainer, however that ends. Nothing a server sends is trusted beyond its form.
 
-What it deliberately leaves out: what the bytes mean (`batch.py`) and what happens to a program
-(`child.py`).
-Paper: arXiv 2505.03335 has no counterpart.
+What it deliberately leaves out: what the lines mean (`executor.py`), what happens to a program (`child.py`). Paper:
+arXiv 2505.03335 has no counterpart. Usage: through `executor.Executor`.
 """
 
 import json
 import marshal
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections import deque
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
-from sandbox.child import FRAME
+from sandbox.child import FRAME, HEAD, receive
 
 # The repository goes to the end of the path: none of its files may shadow a standard module.
 BOOT = "import sys; sys.path.append(sys.argv.pop(1)); import sandbox.child; sandbox.child.main()"
 
 
 class Lane:
-    """A fork server process and the socket to it. Jobs go down, claims come up; nothing it sends is trusted."""
+    """A fork server and the socket to it. `starts`: how often it was started; `deaths`: how often in a row it died."""
 
     def __init__(self, seed: int, config: dict) -> None:
-        self.seed, self.config, self.process, self.layers = seed, config, None, {}
+        self.seed, self.config, self.starts, self.deaths, self.busy = seed, config, 0, 0, False
         self.start()
 
     def start(self) -> None:
         self.socket, theirs = socket.socketpair()
-        here = str(Path(__file__).resolve().parent.parent)
-        command = [sys.executable, "-sSPB", "-Xutf8", "-Wignore", "-c", BOOT, here]
+        self.inbox, self.layers, self.starts = self.socket.makefile("rb"), {}, self.starts + 1
         environment = {"PYTHONHASHSEED": str(self.seed)}  # empty otherwise; -I and -E would ignore the seed
         if "LD_LIBRARY_PATH" in os.environ:  # some interpreters find their own library by it
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        null = subprocess.DEVNULL
-        with theirs:
+        here, fd, null = Path(__file__).resolve().parent.parent, theirs.fileno(), subprocess.DEVNULL
+        python = [sys.executable, "-sSPB", "-Xutf8", "-Wignore", "-c", BOOT]
+        command = [*python, str(here), str(fd), json.dumps(self.config)]
+        with theirs:  # a session of its own: Ctrl-C is for the trainer, the server ends when its socket does
             self.process = subprocess.Popen(
-                [*command, str(theirs.fileno()), json.dumps(self.config)],
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                cwd="/",
-                stdin=null,
-                stdout=null,
-                start_new_session=True,  # Ctrl-C is for the trainer; the server ends when its socket does
+                command, pass_fds=[fd], env=environment, cwd="/", stdin=null, stdout=null, start_new_session=True
             )
-        self.busy, self.outbox, self.inbox, self.deadline = deque(), bytearray(), bytearray(), 0.0
-        self.layers = {}
 
-    def ready(self) -> int:
-        """Make sure that a confined server is there; returns how many had to be started again for it."""
-        for attempt in range(3):
-            if self.process is None:
-                self.start()
-            try:
-                if not self.layers:
-                    self.hello()
-                return attempt
-            except EOFError:
-                self.close()
-        raise RuntimeError("the executor's server does not start: run `python executor.py --doctor`")
-
-    def hello(self) -> None:
-        """Wait until the server is confined and read what holds there. EOFError: it ended instead."""
-        self.socket.settimeout(60)
-        try:
-            while (message := self.message()) is None:
-                piece = self.socket.recv(65536)
-                if not piece:
-                    raise EOFError
-                self.inbox += piece
-        except ConnectionResetError:
-            raise EOFError from None
-        except TimeoutError:
-            raise RuntimeError("the executor's server did not start within 60 s: is the machine overloaded?") from None
-        self.layers = json.loads(message)
-        self.socket.setblocking(False)
-
-    def message(self) -> bytes | None:
-        if len(self.inbox) < FRAME.size:
-            return None
-        end = FRAME.size + FRAME.unpack_from(self.inbox)[0]
-        if len(self.inbox) < end:
-            return None
-        message = bytes(self.inbox[FRAME.size : end])
-        del self.inbox[:end]
-        return message
-
-    def submit(self, unit, repeats: int, memory: int) -> None:
-        job = marshal.dumps((unit.program, [cell.call for cell in unit.cells], repeats, unit.cpu_s, memory))
-        self.outbox += FRAME.pack(len(job)) + job
-        self.busy.append(unit)
-        self.expect()
-        self.flush()
-
-    def expect(self) -> None:
-        """Give the job in front a deadline, far beyond the server's own limits: for a server that hangs."""
-        if self.busy:
-            self.deadline = time.monotonic() + 60 + 120 * self.busy[0].cpu_s * len(self.busy[0].cells)
-
-    def flush(self) -> None:
-        """Send what the socket takes without blocking. That the server is gone will show when reading."""
-        with suppress(OSError):
-            while self.outbox:
-                del self.outbox[: self.socket.send(self.outbox)]
-
-    def transfer(self) -> bool:
-        """Move bytes both ways without blocking; False when the server is gone."""
-        self.flush()
-        try:
-            piece = self.socket.recv(1 << 20)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        self.inbox += piece
-        return bool(piece)
-
-    def close(self) -> int | None:
-        """End the server (and, by its parent-death signal, its child); returns its exit status."""
+    def ready(self) -> dict:
+        """Wait until a server is there and confined; returns the layers that hold. EOFError, OSError: it ended."""
         if self.process is None:
-            return None
+            self.start()
+        if not self.layers:
+            self.socket.settimeout(self.config["hang_s"])
+            self.layers = json.loads(receive(self.inbox))
+        return self.layers
+
+    def ask(self, job: bytes, patience: float) -> bytes | int:
+        """The server's reply to a job, or its exit status if it died or had to be killed; it is started at next use."""
+        try:
+            self.ready()
+            self.socket.settimeout(patience)
+            self.socket.sendall(FRAME.pack(len(job)) + job)
+            return receive(self.inbox)
+        except (EOFError, OSError):
+            return self.close()
+
+    def close(self) -> int:
+        """End the server (and, by its parent-death signal, its child); returns its exit status."""
+        process, self.process = self.process, None
+        if process is None:
+            return 0
+        self.inbox.close()
         self.socket.close()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.busy.clear()
-        status, self.process = self.process.wait(), None
-        return status
+        process.kill()
+        return process.wait()
 
 
-def close_lanes(lanes: list[Lane]) -> None:
-    for lane in lanes:
-        lane.close()
+class Pool:
+    """All lanes of an executor."""
+
+    def __init__(self, count: int, config: dict) -> None:
+        self.config, self.stopping, seeds = config, False, config["hash_seeds"]
+        self.lanes = [Lane(seeds[i % len(seeds)], config) for i in range(max(count, len(seeds)))]
+        self.free: dict[int, SimpleQueue] = {seed: SimpleQueue() for seed in seeds}
+        for lane in self.lanes:
+            self.free[lane.seed].put(lane)
+
+    def ask(self, seed: int, program: str, calls: list[bytes], repeats: int, cpu_s: float, memory: int) -> tuple:
+        """Have one child of a server with this seed run a program and call it: (lines, cause, CPU seconds).
+
+        There is a line `verdict TAB text` for each repeat of each call; the cause is a line that says why the next one
+        is missing. A server that dies (or hangs and is killed) is started again and the job tried once more: the
+        program may be the reason. RuntimeError: it keeps dying, and that must not pass for a wrong program.
+        """
+        job, lines, attempts = marshal.dumps((program, calls, repeats, cpu_s, memory)), len(calls) * repeats, 0
+        lane = self.free[seed].get()
+        lane.busy = True
+        try:
+            while not self.stopping and lane.deaths < self.config["deaths"]:
+                reply = lane.ask(job, self.config["hang_s"] + lines * (self.config["wall_s"] + 100 * cpu_s))
+                if isinstance(reply, bytes):
+                    lane.deaths = 0
+                    *claims, cause = reply[HEAD.size :].decode("utf-8", "replace").split("\n")
+                    return claims, cause, *HEAD.unpack_from(reply)
+                if reply == -signal.SIGPROF:
+                    return ["timeout\tcompile"] * lines, "", 0.0
+                lane.deaths += 1
+                attempts += reply != 0  # 0: it had grown and retired
+                if attempts == 2:
+                    return ["runtime_error\tserver_died"] * lines, "", 0.0
+            raise RuntimeError("the executor's servers keep dying: run `python executor.py --doctor`")
+        finally:
+            lane.busy = False
+            self.free[seed].put(lane)
+
+    def each(self, function: Callable, items: Sequence, done: Callable) -> None:
+        """done(function(item)) for each item: `function` in as many threads as there are lanes, `done` in the caller's.
+        Any exception, Ctrl-C too, ends the servers that are busy."""
+        threads, finished = ThreadPoolExecutor(len(self.lanes)), SimpleQueue()
+        try:
+            for item in items:
+                threads.submit(function, item).add_done_callback(finished.put)
+            for _ in items:
+                done(finished.get().result())
+        finally:
+            self.stopping = True
+            threads.shutdown(wait=False, cancel_futures=True)
+            while any(lane.busy for lane in self.lanes):
+                for lane in self.lanes:
+                    if lane.busy and (process := lane.process) is not None:
+                        process.kill()
+                time.sleep(0.01)
+            threads.shutdown()
+            self.stopping = False
+
+    def close(self) -> None:
+        for lane in self.lanes:
+            lane.close()

@@ -1,8 +1,7 @@
-"""The executor's kernel layers: what Linux enforces on a program, whatever the program manages to do.
+"""The kernel's layers: what Linux enforces on a program, whatever the program manages to do.
 
-`child.py` builds one `Layers`, calls `confine` in the fork server (what can be set once is set once and is
-inherited: no cost per job) and `enter_child` in every child. Nothing here needs root, a library or a privilege: each
-layer is tried and `Layers.active` says which ones hold. Ordered by what they are worth:
+`child.py` calls `confine` in the fork server (inherited: no cost per job) and `enter_child` in every child. Nothing
+needs root, a library or a privilege: each layer is tried and `Layers.active` says which ones hold. By their worth:
 
     seccomp        a child may compute, write its pipe and end; anything else kills it. This is the boundary.
     rlimits        CPU, address space, file size, processes
@@ -10,11 +9,12 @@ layer is tried and `Layers.active` says which ones hold. Ordered by what they ar
     namespaces     an empty root folder, no network, as root or where users may create them
     another uid    when started as root: an id nobody has, no capabilities
 
-What it deliberately leaves out, since seccomp already refuses what they would: a pid namespace (its waiting launcher
-would double the memory of a lane), cgroups (they need root or delegation). On macOS only the rlimits remain, and there
-the one on memory is not enforced. Paper: arXiv 2505.03335 runs programs without isolation; this is ours.
+What it deliberately leaves out, since seccomp refuses what they would: a pid namespace (it would double a lane's
+memory), cgroups (they need root). On macOS only the rlimits remain, and there not the one on memory. Paper: arXiv
+2505.03335 runs programs without isolation; this is ours. Usage: through `child.py`.
 """
 
+import ctypes
 import os
 import resource
 import signal
@@ -22,8 +22,6 @@ import struct
 import sys
 import time
 from contextlib import suppress
-
-LINUX = sys.platform == "linux"
 
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # audit architecture, column in the tables below
 ALLOWED_CALLS = (  # name:x86-64:aarch64. A child computes, writes its pipe and ends
@@ -39,13 +37,12 @@ REFUSED_CALLS = (  # fail with EPERM: honest programs cause them (lazy imports, 
     "openat:257:56 newfstatat:262:79 readlinkat:267:78 faccessat:269:48 prlimit64:302:261 statx:332:291 "
     "faccessat2:439:439"
 )
-NEW_USER, NEW_NS, NEW_UTS, NEW_IPC, NEW_NET = 0x10000000, 0x20000, 0x4000000, 0x8000000, 0x40000000
+NEW_USER, NEW_SPACES = 0x10000000, {"mount": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "net": 0x40000000}
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 
 
-def seccomp_filter(machine: str) -> bytes:
+def seccomp_filter(audit: int, column: int) -> bytes:
     """A classic BPF program over (architecture, call number): allow, refuse with EPERM, or kill the process."""
-    audit, column = MACHINES[machine]
     tables = [[line.split(":")[1 + column] for line in table.split()] for table in (ALLOWED_CALLS, REFUSED_CALLS)]
     allowed, refused = ([int(number) for number in table if number] for table in tables)
     code = [(0x20, 0, 0, 4), (0x15, 1, 0, audit), (0x06, 0, 0, 0x80000000), (0x20, 0, 0, 0)]
@@ -60,27 +57,21 @@ class Layers:
     """The kernel's part. `confine` is for the server, once; `enter_child` for every child; `active` says what holds."""
 
     def __init__(self, isolation: str) -> None:
-        names = ("seccomp", "landlock", "namespaces", "empty_root", "uid_dropped", "no_new_privs", "cpu_clock")
-        self.active: dict = {"platform": sys.platform, "rlimits": True, **dict.fromkeys(names, False)}
-        self.base, self.filter, self.libc = 0, None, None
-        if LINUX:
-            self.active["cpu_clock"] = cpu_clock(os.getpid()) is not None
-            with suppress(OSError), open("/proc/self/statm") as statm:
-                self.base = int(statm.read().split()[0]) * resource.getpagesize()
-        if LINUX and isolation != "minimal":
-            import ctypes
-
-            self.ctypes, self.libc = ctypes, ctypes.CDLL(None, use_errno=True)
+        self.base, self.filter, clock = 0, None, cpu_clock(os.getpid()) is not None
+        self.active: dict = {"platform": sys.platform, "rlimits": True, "cpu_clock": clock}
+        self.active |= dict.fromkeys(("seccomp", "landlock", "namespaces", "empty_root", "uid_dropped"), False)
+        self.libc = ctypes.CDLL(None) if sys.platform == "linux" and isolation != "minimal" else None
+        with suppress(OSError), open("/proc/self/statm") as statm:
+            self.base = int(statm.read().split()[0]) * resource.getpagesize()
 
     def call(self, name: str, *args) -> int:
         """A libc function by name; integers are passed as longs (variadic prctl and syscall read whole registers)."""
-        longs = [self.ctypes.c_long(a) if isinstance(a, int) else a for a in args]
-        return getattr(self.libc, name)(*longs)
+        return getattr(self.libc, name)(*[ctypes.c_long(a) if isinstance(a, int) else a for a in args])
 
-    def confine(self) -> None:
+    def confine(self, file_bytes: int) -> None:
         """Namespaces, another uid, no capabilities, no_new_privs, Landlock; then try seccomp in a throw-away child."""
-        for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
-            resource.setrlimit(limit, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
         if self.libc is None:
             return
         self.unshare()
@@ -92,22 +83,22 @@ class Layers:
                 os.setresgid(uid, uid, uid)
                 os.setresuid(uid, uid, uid)
                 self.active["uid_dropped"] = True
-        self.call("capset", (self.ctypes.c_uint32 * 2)(0x20080522, 0), (self.ctypes.c_uint32 * 6)())
-        self.active["no_new_privs"] = self.call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+        self.call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+        self.call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         self.landlock()
         if os.uname().machine in MACHINES:
-            program = seccomp_filter(os.uname().machine)
-            self.text = self.ctypes.create_string_buffer(program, len(program))
-            self.filter = struct.pack("HP", len(program) // 8, self.ctypes.addressof(self.text))
+            program = seccomp_filter(*MACHINES[os.uname().machine])
+            self.text = ctypes.create_string_buffer(program, len(program))
+            self.filter = struct.pack("HP", len(program) // 8, ctypes.addressof(self.text))
             self.active["seccomp"] = self.probe()
             self.filter = self.filter if self.active["seccomp"] else None
 
     def unshare(self) -> None:
-        uid, gid, spaces = os.getuid(), os.getgid(), NEW_NS | NEW_UTS | NEW_IPC | NEW_NET
-        if self.call("unshare", spaces if uid == 0 else spaces | NEW_USER) != 0:
+        uid, gid = os.getuid(), os.getgid()
+        if self.call("unshare", sum(NEW_SPACES.values()) + (NEW_USER if uid else 0)) != 0:
             return
-        self.active["namespaces"] = ["mount", "uts", "ipc", "net"] + ["user"] * (uid != 0)
-        if uid != 0:
+        self.active["namespaces"] = [*NEW_SPACES] + ["user"] * (uid != 0)
+        if uid:
             for file, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
                 with suppress(OSError), open(f"/proc/self/{file}", "w") as out:
                     out.write(text)
@@ -122,12 +113,9 @@ class Layers:
     def landlock(self) -> None:
         """Handle every right this kernel knows and grant none: no file, no TCP, no signal or socket to the outside."""
         abi = self.call("syscall", 444, None, 0, 1)
-        if abi < 1:
-            return
         rights = (1 << (13 if abi == 1 else 14 if abi == 2 else 15 if abi < 5 else 16)) - 1
         ruleset = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
-        size = 8 if abi < 4 else 16 if abi < 6 else 24
-        handle = self.call("syscall", 444, ruleset, size, 0)
+        handle = self.call("syscall", 444, ruleset, 8 if abi < 4 else 16 if abi < 6 else 24, 0) if abi > 0 else -1
         if handle >= 0:
             self.active["landlock"] = abi if self.call("syscall", 446, handle, 0) == 0 else 0
             os.close(handle)
@@ -139,18 +127,17 @@ class Layers:
             self.enter_seccomp()
             os.fork()
             os._exit(0)
-        status = os.waitpid(pid, 0)[1]
-        return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGSYS
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGSYS
 
     def enter_seccomp(self) -> None:
         if self.call("prctl", PR_SET_SECCOMP, 2, self.filter, 0, 0) != 0:
             os._exit(1)  # the probe said it works: better no claim at all than an unconfined program
 
-    def enter_child(self, cpu_s: float, memory: int) -> None:
+    def enter_child(self, cpu_s: float, memory: int, processes: int) -> None:
         os.setsid()  # a group of its own, so that whatever it may start dies with it
         cpu = int(cpu_s) + 2
         resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))  # a backstop; the server reads the clock
-        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
         if self.base:
             resource.setrlimit(resource.RLIMIT_AS, (self.base + memory, self.base + memory))
         if self.libc is not None:

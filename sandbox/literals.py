@@ -1,20 +1,27 @@
 """Values as text: a value to literal text (in the child), literal text to a value (in the trusted parent).
 
-What a program returns crosses the border as text and only as text. `serialise` writes it without calling any method the
-program could have defined; `parse_literal` reads it, and every answer of a solver, without evaluating anything.
-`same_value` is the one place where answers are compared.
+What a program returns crosses the border as text and only as text. `serialise` writes it: types are compared with `is`
+and walked with unbound methods, since a program's own classes may lie in __class__, __eq__, __iter__ or __repr__.
+`parse_literal` reads it, and every answer of a solver, without evaluating anything.
 
 What it deliberately leaves out: arithmetic and calls in answers (an expression could forge the wanted value), instances
 of user classes, ranges, deques, generators. Paper: arXiv 2505.03335, equation 10 (equality by execution).
-
-Usage:
-    same_value(parse_literal("{1: [2.0, nan]}"), parse_literal("{True: [2, float('nan')]}"))      # True
+Usage: parse_literal("{1: [2.0, nan]}")
 """
 
 import ast
 import warnings
 from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
 from math import isfinite
+
+OUTPUT_DEPTH, LITERAL_DEPTH = 40, 50  # levels of nesting: of what a program returns, of what is read
+INT_BITS = 14_000  # repr() of an int refuses more than 4,300 digits
+
+
+WORDS = {"nan": float("nan"), "inf": float("inf")}
+CONTAINERS = {"set": set, "frozenset": frozenset, "list": list, "tuple": tuple, "dict": dict}
+warnings.filterwarnings("ignore", module="<literal>")  # "invalid escape sequence" in an answer is nobody's concern
 
 
 class Refused(BaseException):
@@ -24,13 +31,8 @@ class Refused(BaseException):
         self.verdict, self.error = verdict, error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From a value to text. Types are compared with `is` and walked with unbound methods: a program's own classes may lie in
-# __class__, __eq__, __iter__ or __repr__, and none of that is ever asked.
-
-MAX_DEPTH = 40
-MAX_INT_BITS = 14_000  # repr() of an int refuses more than 4,300 digits
-TOO_LARGE, NOT_PLAIN = Refused("output_too_large"), Refused("unserialisable")
+class BadLiteral(ValueError):
+    """The text is not one plain Python literal within the caps."""
 
 
 def is_namedtuple(kind: type) -> bool:
@@ -40,11 +42,11 @@ def is_namedtuple(kind: type) -> bool:
     return "_fields" in own and not {"__eq__", "__iter__", "__len__", "__getitem__"} & own.keys()
 
 
-def serialise(value: object, limit: int, order_free: bool = False, max_depth: int = MAX_DEPTH) -> str:
+def serialise(value: object, limit: int, order_free: bool = False, max_depth: int = OUTPUT_DEPTH) -> str:
     """The literal text of a plain value; sets sorted, dicts in their own order (sorted too if `order_free`).
 
     Counter, defaultdict and OrderedDict become dict, a namedtuple a tuple (their == agrees). Raises Refused: any other
-    type or more than 40 levels is "unserialisable", more than `limit` characters "output_too_large". The characters are
+    type or more than `max_depth` levels is "unserialisable", more than `limit` characters "output_too_large". They are
     counted while walking: a few shared lists can stand for 10**13 elements.
     """
     left = limit
@@ -53,25 +55,19 @@ def serialise(value: object, limit: int, order_free: bool = False, max_depth: in
         nonlocal left
         left -= len(text)
         if left < 0:
-            raise TOO_LARGE
+            raise Refused("output_too_large")
         return text
 
     def walk(value: object, depth: int) -> str:
         kind = type(value)
-        if value is None or kind is bool or kind is float:
-            return spend(repr(value))
-        if kind is int:
-            if int.bit_length(value) > MAX_INT_BITS:
-                raise TOO_LARGE
-            return spend(repr(value))
-        if kind is str or kind is bytes:
-            if len(value) > left:
-                raise TOO_LARGE
-            return spend(repr(value))
-        if kind is complex and isfinite(value.real) and isfinite(value.imag):
+        is_text = kind is str or kind is bytes
+        if (kind is int and int.bit_length(value) > INT_BITS) or (is_text and len(value) > left):
+            raise Refused("output_too_large")
+        finite = kind is complex and isfinite(value.real) and isfinite(value.imag)
+        if value is None or is_text or finite or kind is int or kind is bool or kind is float:
             return spend(repr(value))
         if depth >= max_depth:
-            raise NOT_PLAIN
+            raise Refused("unserialisable")
         spend("[]")
         if kind is list:
             return "[" + ", ".join([walk(item, depth + 1) for item in list.__iter__(value)]) + "]"
@@ -86,74 +82,61 @@ def serialise(value: object, limit: int, order_free: bool = False, max_depth: in
             parts = sorted([walk(item, depth + 1) for item in kind.__iter__(value)])
             text = "{" + ", ".join(parts) + "}" if parts else ""
             return (text or "set()") if kind is set else f"frozenset({text})"
-        raise NOT_PLAIN
+        raise Refused("unserialisable")
 
     text = walk(value, 1)
     if len(text) > limit:
-        raise TOO_LARGE
+        raise Refused("output_too_large")
     return text
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From text to a value, and equality of values
-
-
-class BadLiteral(ValueError):
-    """The text is not one plain Python literal within the caps."""
-
-
-MAX_LITERAL_DEPTH = 50
-WORDS = {"nan": float("nan"), "inf": float("inf")}
-CONTAINERS = {"set": set, "frozenset": frozenset, "list": list, "tuple": tuple, "dict": dict}
-PARSE_ERRORS = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, OverflowError)
-warnings.filterwarnings("ignore", module="<literal>")  # "invalid escape sequence" in an answer is nobody's concern
 
 
 def parse_literal(text: str, max_chars: int = 20_000) -> object:
     """The value of a literal as Python prints it: numbers, strings, bytes, None, bool, list, tuple, dict, set, nan,
     inf, float('inf') and calls of set, frozenset, list, tuple and dict; no operators but signs and `1+2j`. Raises
     BadLiteral."""
-    return build(parse(text.strip(), max_chars), 1)
+    return parse(text.strip(), max_chars, build)
 
 
 def parse_arguments(text: str, max_chars: int = 20_000) -> tuple[tuple, dict]:
     """The arguments of a call written as `1, [2], key='x'`: (positional, keyword), literals only. Raises BadLiteral."""
-    call = parse(f"f({text}\n)", max_chars + 4)
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):  # `1) or (1` ends up here
-        raise BadLiteral("the input is not a list of arguments")
-    kwargs = {keyword.arg: build(keyword.value, 1) for keyword in call.keywords}
-    if None in kwargs or len(kwargs) != len(call.keywords):
-        raise BadLiteral("the input unpacks a mapping or repeats a keyword")
-    return tuple(build(node, 1) for node in call.args), kwargs
+    return parse(f"f({text}\n)", max_chars + 4, build_arguments)
 
 
-def parse(text: str, max_chars: int) -> ast.expr:
+def parse(text: str, max_chars: int, make: Callable) -> object:
     if len(text) > max_chars:  # first: the parser is only safe on small texts
         raise BadLiteral(f"the literal has {len(text)} characters, more than {max_chars}")
     try:
-        return ast.parse(text, "<literal>", "eval").body
-    except PARSE_ERRORS as error:
-        raise BadLiteral(f"the literal does not parse ({type(error).__name__})") from None
+        return make(ast.parse(text, "<literal>", "eval").body)
+    except BadLiteral:
+        raise
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, OverflowError) as error:
+        raise BadLiteral(f"the literal cannot be read ({type(error).__name__})") from None
 
 
-def build(node: ast.expr, depth: int) -> object:
-    """The value of a syntax tree if it is plain data; everything else raises BadLiteral."""
-    if depth > MAX_LITERAL_DEPTH:
-        raise BadLiteral(f"the literal is nested deeper than {MAX_LITERAL_DEPTH} levels")
+def build_arguments(call: ast.expr) -> tuple[tuple, dict]:
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):  # `1) or (1` ends up here
+        raise BadLiteral("the input is not a list of arguments")
+    kwargs = {keyword.arg: build(keyword.value) for keyword in call.keywords}
+    if None in kwargs or len(kwargs) != len(call.keywords):
+        raise BadLiteral("the input unpacks a mapping or repeats a keyword")
+    return tuple(build(node) for node in call.args), kwargs
+
+
+def build(node: ast.expr, depth: int = 1) -> object:
+    """The value of a syntax tree if it is plain data; everything else raises BadLiteral (or, where an element cannot be
+    hashed, TypeError)."""
+    if depth > LITERAL_DEPTH:
+        raise BadLiteral(f"the literal is nested deeper than {LITERAL_DEPTH} levels")
     match node:
         case ast.Constant(value=value) if value is not ...:
-            if type(value) is int and value.bit_length() > MAX_INT_BITS:
+            if type(value) is int and value.bit_length() > INT_BITS:
                 raise BadLiteral("the literal holds a number with more digits than Python prints")
             return value
-        case ast.List(elts=items):
-            return [build(item, depth + 1) for item in items]
-        case ast.Tuple(elts=items):
-            return tuple([build(item, depth + 1) for item in items])
-        case ast.Set(elts=items):
-            return hashable(set, [build(item, depth + 1) for item in items])
+        case ast.List(elts=items) | ast.Tuple(elts=items) | ast.Set(elts=items):
+            kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
+            return kind([build(item, depth + 1) for item in items])
         case ast.Dict(keys=keys, values=values) if None not in keys:
-            pairs = zip(keys, values, strict=True)
-            return hashable(dict, [(build(key, depth + 1), build(value, depth + 1)) for key, value in pairs])
+            return {build(k, depth + 1): build(v, depth + 1) for k, v in zip(keys, values, strict=True)}
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
             number = build(operand, depth + 1)
             if type(number) in (int, float, complex):
@@ -167,33 +150,13 @@ def build(node: ast.expr, depth: int) -> object:
         case ast.Call(func=ast.Name(id="float"), args=[ast.Constant(value=str() as word)], keywords=[]):
             if word.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
                 return float(word)
-        case ast.Call(func=ast.Name(id=name), args=[], keywords=[]) if name in CONTAINERS:
-            return CONTAINERS[name]()
-        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in CONTAINERS:
-            items = build(argument, depth + 1)
-            if type(items) in CONTAINERS.values():
-                return hashable(CONTAINERS[name], items)
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in CONTAINERS and len(arguments) < 2:
+            items = [build(argument, depth + 1) for argument in arguments]
+            if all(type(item) in CONTAINERS.values() for item in items):
+                return CONTAINERS[name](*items)
     raise BadLiteral("the text is not a plain literal")
-
-
-def hashable(kind: type, items: object) -> object:
-    try:
-        return kind(items)
-    except PARSE_ERRORS:
-        raise BadLiteral("the literal cannot be built (an unhashable element?)") from None
 
 
 def canonical(value: object) -> str:
     """One text per value: type-sensitive, sets and dicts sorted. For values that `parse_literal` returns."""
-    return serialise(value, 1 << 30, order_free=True, max_depth=2 * MAX_LITERAL_DEPTH)
-
-
-def same_value(a: object, b: object) -> bool:
-    """Python's == on plain values, except that nan equals nan, also inside containers."""
-    if type(a) is float and type(b) is float and a != a and b != b:
-        return True
-    if type(a) is type(b) and type(a) in (list, tuple):
-        return len(a) == len(b) and all(map(same_value, a, b))
-    if type(a) is dict and type(b) is dict and a.keys() == b.keys():
-        return all(same_value(a[key], b[key]) for key in a)
-    return a == b or (type(a) in (dict, set, frozenset) and canonical(a) == canonical(b))  # nan as an element or key
+    return serialise(value, 1 << 30, order_free=True, max_depth=2 * LITERAL_DEPTH)

@@ -395,7 +395,7 @@ def test_attacks_earn_no_reward(executor):
     """Every attack as the answer to an induction task: no run of it knows what the hidden outputs are."""
     inputs = ["3", "17", "40"]
     outputs = [str((int(x) * 7919 + 13) % 1009) for x in inputs]
-    judgements = executor.verify_induction([(text, inputs, outputs) for text, _, _ in ATTACKS.values()])
+    judgements = executor.verify([(text, inputs, outputs) for text, _, _ in ATTACKS.values()])
     for name, judgement in zip(ATTACKS, judgements, strict=True):
         assert not judgement.correct and judgement.score == 0.0, (name, judgement)
 
@@ -457,7 +457,7 @@ def test_deduction_compares_values():
             ("412", "\ud800", False),
             ("'\\ud800'", "'\\ud800'", True),
         ]
-        judgements = executor.verify_deduction([(gold, answer) for gold, answer, _ in rows])
+        judgements = executor.compare([(gold, answer) for gold, answer, _ in rows])
         for (gold, answer, wanted), judgement in zip(rows, judgements, strict=True):
             assert judgement.correct is wanted, (gold, answer[:60], judgement)
             assert judgement.score == float(wanted)
@@ -490,7 +490,7 @@ def test_abduction_takes_literal_inputs_only():
         (affine, "412", "type('I', (int,), {'__mul__': lambda a, b: a})()", False, "bad_input"),
     ]
     with Executor(2, **LIMITS) as executor:
-        judgements = executor.verify_abduction([row[:3] for row in rows])
+        judgements = executor.verify([(text, [answer], [gold]) for text, gold, answer, *_ in rows])
         for (_, _, answer, correct, verdict), judgement in zip(rows, judgements, strict=True):
             assert (judgement.correct, judgement.verdict) == (correct, verdict), (answer, judgement)
 
@@ -518,10 +518,10 @@ def test_induction_needs_every_hidden_pair():
             (body("os.getpid()", "import os"), False, 0.0, "unsafe"),
         ]  # fmt: skip
         jobs = [(text, ["2", "3", "-5"], ["4", "9", "25"]) for text, *_ in rows]
-        for (text, correct, score, verdict), found in zip(rows, executor.verify_induction(jobs), strict=True):
+        for (text, correct, score, verdict), found in zip(rows, executor.verify(jobs), strict=True):
             assert found == Judgement(correct, score, Verdict(verdict), found.error), (text, found)
         with pytest.raises(ValueError, match="at least one hidden pair"):
-            executor.verify_induction([(body("x"), [], [])])
+            executor.verify([(body("x"), [], [])])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -563,18 +563,6 @@ def test_nan_counts_as_itself_everywhere():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Profiles, limits, interface
-
-
-def test_scripts_read_stdin_and_print():
-    adder = program(
-        "import sys", "a = int(input())", "print(sum(map(int, sys.stdin.read().split())) + a)", "sys.exit()"
-    )
-    with Executor(2, entry=None, gate=False, full_builtins=True, modules=["sys", "math", "random"]) as executor:
-        [results] = executor.run([(adder, ["1\n2 3\n", "5\n", "x\n"])])
-        assert [r.verdict for r in results] == ["ok", "ok", "runtime_error"]
-        assert [parse_literal(r.output) for r in results[:2]] == ["6\n", "5\n"]
-        [[failed]] = executor.run([(program("import sys", "sys.exit(1)"), [""])])
-        assert failed.verdict == "runtime_error"
 
 
 def test_wide_limits_for_benchmarks():
@@ -826,15 +814,15 @@ def judge_cases(executor: Executor, cases: list[dict]) -> list[tuple[str, str, b
         if case["kind"] == "run":
             [[result]] = executor.run([(case["program"], inputs)])
         elif case["kind"] == "deduction":
-            [judged] = executor.verify_deduction([(gold[0].output, case["prediction"])])
+            [judged] = executor.compare([(gold[0].output, case["prediction"])])
             correct = judged.correct
         elif case["kind"] == "abduction":
             assert gold[0].ok, case["id"]
-            [result] = executor.verify_abduction([(case["program"], gold[0].output, case["prediction"])])
+            [result] = executor.verify([(case["program"], [case["prediction"]], [gold[0].output])])
             correct = result.correct
         elif case["kind"] == "induction":
             assert all(g.ok for g in gold), case["id"]
-            [result] = executor.verify_induction([(case["prediction"], inputs, [g.output for g in gold])])
+            [result] = executor.verify([(case["prediction"], inputs, [g.output for g in gold])])
             correct = result.correct
         found.append((str(result.verdict), getattr(result, "output", ""), correct, result.error))
     return found
