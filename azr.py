@@ -82,12 +82,7 @@ class Run:
     watch: Watch  # has read all records of metrics.jsonl
     step: int = 0
     saved: int = -1  # the step of the newest checkpoint
-    halfway: bool = False  # the policy may be in the middle of an update: not a state to save
-    stopping: bool = False  # Ctrl-C or SIGTERM came meanwhile: the run ends after this step
-    phase: str = ""  # the one that runs now
-    seconds: Counter = field(default_factory=Counter)  # per phase of the current step
-    peak: int = 0  # most bytes held so far, to set beside the plan's peak
-    board: object = None  # the TensorBoard writer, once there is something to write
+    status: report.Status = field(default_factory=report.Status)  # the harness's own notes
 
     def rng(self, step: int, purpose: str) -> random.Random:
         return random.Random(f"{self.config.seed}/{step}/{purpose}")
@@ -101,14 +96,14 @@ def train(run: Run) -> None:
     """Self-play from the step after the last finished one until `steps`."""
     config = run.config
     while run.step < config.steps:
-        step, run.seconds, began = run.step + 1, Counter(), time.perf_counter()
+        step, run.status.seconds, began = run.step + 1, Counter(), time.perf_counter()
         proposals, attempts = play(run, step)
         with uninterrupted(run):  # half an optimizer step cannot be saved, so Ctrl-C waits for the end of the step
             update = learn(run, [*proposals, *attempts], step)
             admit(run, proposals)
             run.step = step
             if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                update |= evaluate.during_training(run)
+                update |= measure(run)
             record = report.log(run, proposals, attempts, update, time.perf_counter() - began)
             collapsed = config.stop_on_collapse and bool(record["alarms"])
             checkpoint.save_due(run, record, last=collapsed or step == config.steps)
@@ -139,13 +134,12 @@ def propose(run: Run, step: int) -> list[Rollout]:
 def proposal_prompt(run: Run, kind: Kind, rng: random.Random, step: int) -> Rollout:
     """One propose prompt that fits into --max-prompt: references are drawn again, then fewer of them."""
     config = run.config
-    for shown in range(config.references, -1, -1):
-        for _ in range(4):
-            references = kind.references(run.buffers, shown, rng)
-            turns = kind.propose(references, config.inputs)
-            proposal = make_rollout(run, "propose", kind.name, step, turns, references=references)
-            if len(proposal.prompt_ids) <= config.max_prompt:
-                return proposal
+    for most in range(4 * config.references + 3, -1, -1):  # four times each
+        references = kind.references(run.buffers, most // 4, rng)
+        turns = kind.propose(references, config.inputs)
+        proposal = make_rollout(run, "propose", kind.name, step, turns, references=references)
+        if len(proposal.prompt_ids) <= config.max_prompt:
+            return proposal
     raise SetupError(f"--max-prompt {config.max_prompt} is too short for {kind.name} proposals; raise it")
 
 
@@ -306,6 +300,11 @@ def learn(run: Run, rollouts: list[Rollout], step: int) -> dict:
     return {name: value for name, value in reports.items() if value is not None}
 
 
+def measure(run: Run) -> dict:
+    with phase(run, "evaluate", 1):
+        return evaluate.during_training(run)
+
+
 def admit(run: Run, proposals: list[Rollout]) -> None:
     """Valid tasks enter their buffer; duplicates never do, and with --admit learnable only those solved sometimes."""
     for proposal in proposals:
@@ -387,8 +386,7 @@ def fill(run: Run, seeds: Buffer, kinds: list[Kind], wanted: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. What the user or the machine did wrong gives one sentence and exit code 2, Ctrl-C and SIGTERM
-    exit code 130; a fault of this program keeps its traceback."""
+    """The command line. Returns 2 after one sentence on what to change, 130 after Ctrl-C; our faults are raised."""
     run = None
     try:
         config, extra = parse(argv)
@@ -413,7 +411,7 @@ def begin(run: Run) -> None:
     """Before the first step: check that engine and policy agree, seed the buffers, measure the untrained model."""
     check_engine(run, [solve_rollout(run, kind.zero(), 0).prompt_ids for kind in run.config.kinds.values()])
     seed_buffers(run)
-    report.log_start(run, evaluate.during_training(run) if run.config.eval_every else {})
+    report.log_start(run, measure(run) if run.config.eval_every else {})
     checkpoint.save(run, "checkpoint")
 
 

@@ -43,7 +43,8 @@ from sandbox.lanes import Pool
 from sandbox.literals import BadLiteral, Refused, canonical, parse_arguments, parse_literal, serialise
 
 ALLOWED_MODULES = tuple(
-    ["__future__", "abc", "array", "bisect", "cmath", "collections", "collections.abc", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "heapq", "itertools", "json", "math", "numbers", "operator", "re", "statistics", "string", "textwrap", "typing", "unicodedata"]
+    "__future__ abc array bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions "
+    "functools heapq itertools json math numbers operator re statistics string textwrap typing unicodedata".split(" ")
 )
 Jobs = Sequence[tuple[str, Sequence[str]]]  # (program, argument texts of each call)
 Progress = Callable[[int], None] | None  # called, in the caller's thread, with the number of jobs newly done

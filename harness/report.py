@@ -13,8 +13,9 @@ import re
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,14 +31,26 @@ from policy.memory import GB
 # While a step runs
 
 
+@dataclass
+class Status:
+    """What the harness notes of a run: nothing in it decides what is learnt."""
+
+    phase: str = ""  # the one that runs now
+    seconds: Counter = field(default_factory=Counter)  # per phase of the current step
+    peak: int = 0  # most bytes held so far, to set beside the plan's peak
+    halfway: bool = False  # the policy may be in the middle of an update: not a state to save
+    stopping: bool = False  # Ctrl-C or SIGTERM came while a step was being finished
+    board: object = None  # the TensorBoard writer, once there is something to write
+
+
 @contextlib.contextmanager
 def phase(run, name: str, total: int) -> Iterator[tqdm]:
     """A progress bar for one phase of a step; its seconds and what it held of the memory go into the step's record."""
-    began, run.phase = time.perf_counter(), name
+    began, run.status.phase = time.perf_counter(), name
     with tqdm(total=total, desc=f"step {run.step + 1} {name}", leave=False, disable=None) as bar:
         yield bar
-    run.seconds[name] += time.perf_counter() - began
-    run.peak = max(run.peak, held_bytes(run.policy.device.type))
+    run.status.seconds[name] += time.perf_counter() - began
+    run.status.peak = max(run.status.peak, held_bytes(run.policy.device.type))
 
 
 def token_rate(bar: tqdm) -> Callable[[int, int], None]:
@@ -96,7 +109,7 @@ def log(run, proposals: Sequence, attempts: Sequence, update: dict, seconds: flo
     flagged = [(item, names) for item in rollouts if (names := metrics.flags(item))]
     record["flagged"] = len(flagged)
     record["alarms"] = run.watch.remember(record)
-    timing = {f"seconds/{name}": round(value, 3) for name, value in (*run.seconds.items(), ("step", seconds))}
+    timing = {f"seconds/{name}": round(value, 3) for name, value in (*run.status.seconds.items(), ("step", seconds))}
     timing["generated_tokens"] = sum(len(item.completion.token_ids) for item in rollouts)
     timing |= {name: round(value, 3) for name, value in peaks(run).items()}
     append(folder / "metrics.jsonl", [record])
@@ -115,7 +128,7 @@ def log(run, proposals: Sequence, attempts: Sequence, update: dict, seconds: flo
 def peaks(run) -> dict[str, float]:
     """Peak memory in GB, of the card or of this process: predicted, and measured so far."""
     predicted = max(run.plan.train_peak, run.plan.rollout_peak)
-    return {"predicted_peak_gb": predicted / GB, "peak_gb": run.peak / GB}
+    return {"predicted_peak_gb": predicted / GB, "peak_gb": run.status.peak / GB}
 
 
 def proposal_record(item) -> dict:
@@ -139,12 +152,14 @@ def write_tensorboard(run, record: dict) -> None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return
-    if run.board is None:  # one for the whole run: each makes a file of its own, which TensorBoard reads one by one
-        run.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step)
+    if (
+        run.status.board is None
+    ):  # one for the whole run: each makes a file of its own, which TensorBoard reads one by one
+        run.status.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step)
     for name, value in record.items():
         if isinstance(value, int | float):
-            run.board.add_scalar(name, value, run.step)
-    run.board.flush()
+            run.status.board.add_scalar(name, value, run.step)
+    run.status.board.flush()
 
 
 def show(run, record: dict, seconds: float) -> None:
@@ -157,7 +172,7 @@ def show(run, record: dict, seconds: float) -> None:
     policy = " ".join(  # a value is absent where nothing was trained, or where the engine is the policy itself
         f"{label} {record[f'update/{name}']:{form}}" for label, name, form in shown if f"update/{name}" in record
     )
-    phases = " ".join(f"{name} {value:.1f}" for name, value in run.seconds.items())
+    phases = " ".join(f"{name} {value:.1f}" for name, value in run.status.seconds.items())
     remaining = int((run.config.steps - run.step) * seconds)
     print(
         f"step {run.step}/{run.config.steps} | reward propose {rewards('propose')} solve {rewards('solve')} | "

@@ -185,16 +185,16 @@ def interruptible(run) -> Iterator[None]:
     finished step is saved if it was not yet."""
 
     def note(number: int, frame: object) -> None:
-        if not run.halfway or run.stopping:
+        if not run.status.halfway or run.status.stopping:
             raise KeyboardInterrupt
-        run.stopping = True
+        run.status.stopping = True
         print("finishing the step before stopping; once more Ctrl-C stops at once and loses it", file=sys.stderr)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except KeyboardInterrupt:
-        if run.watch.history and not run.halfway and run.saved < run.step:
+        if run.watch.history and not run.status.halfway and run.saved < run.step:
             checkpoint.save(run, "checkpoint")
         raise
     finally:
@@ -205,10 +205,10 @@ def interruptible(run) -> Iterator[None]:
 @contextlib.contextmanager
 def uninterrupted(run) -> Iterator[None]:
     """Hold back Ctrl-C until the block is over; a second one stops at once, and then this step is lost."""
-    run.halfway = True
+    run.status.halfway = True
     yield
-    run.halfway = False
-    if run.stopping:
+    run.status.halfway = False
+    if run.status.stopping:
         raise KeyboardInterrupt
 
 
@@ -224,8 +224,8 @@ def stop(error: BaseException, run) -> int:
     if isinstance(error, RuntimeError) and ran_out_of_memory(error):
         where, lower = "at the start", "--memory, or choose a smaller --model"
         if run:
-            lower = f"--token-budget (now {run.plan.token_budget})" if run.phase == "update" else "--memory"
-            where, lower = f"in {run.phase}", f"{lower} or --max-response, {again}"
+            lower = f"--token-budget (now {run.plan.token_budget})" if run.status.phase == "update" else "--memory"
+            where, lower = f"in {run.status.phase}", f"{lower} or --max-response, {again}"
         message = f"out of memory {where} ({first_line(error)}); lower {lower}"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         message = f"{error}; free some disk space, {again}"
