@@ -206,7 +206,7 @@ def test_parsers_survive_100_000_mutated_responses():
         cut, end = rng.randrange(len(base)), rng.randrange(len(base))
         text = base[:cut] + "".join(rng.choices(pieces, k=rng.randrange(6))) + base[end:]
         parts = split_response(text, prefilled=number % 2 == 0)
-        kind = KINDS[number % 3]
+        kind = list(KINDS)[number % 3]
         KINDS[kind].parse_proposal(parts.answer, GIVEN, 2)
         KINDS[kind].parse_answer(parts.answer)
 
