@@ -4,20 +4,25 @@ Everything is real: the embedded model, real subprocesses, the real command line
 tests/. Run: python -m pytest -q
 """
 
+import json
 import random
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import azr
+import evaluate
 import trr
 from azr import Rollout
 from buffers import Buffer, Task, save_tasks
 from executor import Executor
-from harness.config import parse
+from harness.config import TINY_MODEL, parse
 from harness.start import start
 from policy.dialogue import split_response
-from prompts import KINDS
+from prompts import KINDS, load_kinds
 from tests.test_run import SMALL, assert_same_run, cli
 
 HERE = Path(__file__).resolve().parent
@@ -196,3 +201,32 @@ def test_resume_is_bit_for_bit_the_uninterrupted_run(tmp_path, capsys):
 def test_smoke_ends_with_one_line(tmp_path):
     result = cli("--smoke", "--out", str(tmp_path / "r"))
     assert result.returncode == 0 and result.stdout.strip().splitlines()[-1].startswith("smoke ok"), result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The seam: a kind from a file goes through the whole loop and through evaluate.py
+
+
+@pytest.mark.parametrize("example", ["deduction,examples/fault.py", "examples/rewriting.py"])
+def test_a_run_with_the_kinds_of_a_file_trains_two_steps(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(HERE)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=1024, **sizes, max_position_embeddings=4096)).save_pretrained(
+        tmp_path / "m"
+    )
+    AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(tmp_path / "m")
+    kinds = load_kinds(example)
+    save_tasks(tmp_path / "seeds.jsonl", [kind.zero() for kind in kinds.values()])
+    out, seeds, model = (str(tmp_path / name) for name in ("run", "seeds.jsonl", "m"))
+    arguments = ["--model", model, "--tasks", example, "--seeds", seeds, "--out", out, *SMALL, "--steps", "2"]
+    assert azr.main([*arguments, "--max-prompt", "3000", "--max-response", "16", "--lr", "1e-3"]) == 0
+    before, after = (load_file(Path(folder, "model.safetensors")) for folder in (model, f"{out}/checkpoint"))
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    record = json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
+    for kind in kinds:
+        assert record["step"] == 2 and record[f"solve/{kind}/count"] == 3 and record[f"propose/{kind}/count"] == 3
+    assert {path.stem for path in Path(out, "buffers").iterdir()} == set(kinds)
+    assert azr.main(["--resume", out, "--steps", "3"]) == 0
+    suite = ["--suites", f"tasks:{seeds}", "--tasks", example, "--model", model, "--out", str(tmp_path / "eval")]
+    assert evaluate.main([*suite, "--max-tokens", "8", "--engine", "transformers"]) == 0
+    assert "score" in capsys.readouterr().out
