@@ -706,3 +706,27 @@ def test_probability_of_the_rewarded_token_rises(dtype, lr):
         update(policy, optimizer, samples, lr=lr)
         curve.append(float(probabilities()[good]))
     assert curve[0] < 0.1 and curve[-1] > 0.9
+
+
+@pytest.mark.parametrize("weighting", ["sequence", "token"])
+@pytest.mark.parametrize("loss_mean", ["sequence", "token"])
+def test_the_value_of_the_loss_is_a_matter_of_lengths(weighting, loss_mean):
+    """docs/metrics.md: at ratio 1 the loss is 0 where whitening and loss weigh alike, else a covariance with lengths."""
+    rewards, lengths = [1.0, 0.0, 1.0, -1.0, 0.5, -0.5], [3, 9, 4, 20, 7, 5]
+    cells = ["a", "a", "a", "b", "b", "b"]
+    advantage = whiten(rewards, cells, lengths, weighting)
+    size = torch.tensor(lengths, dtype=torch.float64)
+    weight = 1 / size.sum() if loss_mean == "token" else 1 / (len(size) * size)
+    tokens = torch.repeat_interleave(torch.arange(len(size)), torch.tensor(lengths))
+    weights, gains = torch.broadcast_to(weight, size.shape)[tokens], advantage[tokens]
+    zero, unknown = torch.zeros(len(tokens)), torch.full((len(tokens),), math.nan)
+    loss, _ = objective(zero, zero, zero, unknown, gains, weights)
+    centred = size - torch.tensor([sum(lengths[:3]) / 3] * 3 + [sum(lengths[3:]) / 3] * 3, dtype=torch.float64)
+    expected = {
+        ("sequence", "sequence"): 0.0,
+        ("token", "token"): 0.0,
+        ("sequence", "token"): float(-(centred * advantage).sum() / size.sum()),
+        ("token", "sequence"): float(-advantage.sum() / len(size)),
+    }[weighting, loss_mean]
+    assert float(loss) == pytest.approx(expected, abs=1e-7)
+    assert (abs(expected) > 0.01) == (weighting != loss_mean)
