@@ -17,9 +17,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Thread
 
 from sandbox.child import FRAME, HEAD, receive
 
@@ -36,7 +36,7 @@ class Lane:
 
     def start(self) -> None:
         self.socket, theirs = socket.socketpair()
-        self.inbox, self.layers, self.starts = self.socket.makefile("rb"), {}, self.starts + 1
+        self.layers, self.starts = {}, self.starts + 1
         environment = {"PYTHONHASHSEED": str(self.seed)}  # empty otherwise; -I and -E would ignore the seed
         if "LD_LIBRARY_PATH" in os.environ:  # some interpreters find their own library by it
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
@@ -54,7 +54,7 @@ class Lane:
             self.start()
         if not self.layers:
             self.socket.settimeout(self.config["hang_s"])
-            self.layers = json.loads(receive(self.inbox))
+            self.layers = json.loads(receive(self.socket.recv))
         return self.layers
 
     def ask(self, job: bytes, patience: float) -> bytes | int:
@@ -63,7 +63,7 @@ class Lane:
             self.ready()
             self.socket.settimeout(patience)
             self.socket.sendall(FRAME.pack(len(job)) + job)
-            return receive(self.inbox)
+            return receive(self.socket.recv)
         except (EOFError, OSError):
             return self.close()
 
@@ -72,7 +72,6 @@ class Lane:
         process, self.process = self.process, None
         if process is None:
             return 0
-        self.inbox.close()
         self.socket.close()
         process.kill()
         return process.wait()
@@ -119,21 +118,34 @@ class Pool:
     def each(self, function: Callable, items: Sequence, done: Callable) -> None:
         """done(function(item)) for each item: `function` in as many threads as there are lanes, `done` in the caller's.
         Any exception, Ctrl-C too, ends the servers that are busy."""
-        threads, finished = ThreadPoolExecutor(len(self.lanes)), SimpleQueue()
+        left, finished = iter(items), SimpleQueue()
+
+        def work() -> None:
+            for item in left:  # one iterator for all threads
+                outcome: object = RuntimeError("a thread of the executor failed as shown above")
+                try:
+                    outcome = function(item)
+                except RuntimeError as error:
+                    outcome = error
+                finally:
+                    finished.put(outcome)
+
+        threads = [Thread(target=work, daemon=True) for _ in self.lanes[: len(items)]]
         try:
-            for item in items:
-                threads.submit(function, item).add_done_callback(finished.put)
+            for thread in threads:
+                thread.start()
             for _ in items:
-                done(finished.get().result())
+                outcome = finished.get()
+                if isinstance(outcome, RuntimeError):
+                    raise outcome
+                done(outcome)
         finally:
             self.stopping = True
-            threads.shutdown(wait=False, cancel_futures=True)
-            while any(lane.busy for lane in self.lanes):
+            while any(thread.is_alive() for thread in threads):
                 for lane in self.lanes:
                     if lane.busy and (process := lane.process) is not None:
                         process.kill()
-                time.sleep(0.01)
-            threads.shutdown()
+                next(filter(Thread.is_alive, threads), threads[0]).join(0.01)
             self.stopping = False
 
     def close(self) -> None:
