@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -107,7 +106,9 @@ class Pool:
                 if reply == -signal.SIGPROF:
                     return ["timeout\tcompile"] * lines, "", 0.0
                 lane.deaths += 1
-                attempts += reply != 0  # 0: it had grown and retired
+                attempts += bool(
+                    reply and lane.layers
+                )  # neither one that had grown and retired, nor one that never was
                 if attempts == 2:
                     return ["runtime_error\tserver_died"] * lines, "", 0.0
             raise RuntimeError("the executor's servers keep dying: run `python executor.py --doctor`")
@@ -118,7 +119,7 @@ class Pool:
     def each(self, function: Callable, items: Sequence, done: Callable) -> None:
         """done(function(item)) for each item: `function` in as many threads as there are lanes, `done` in the caller's.
         Any exception, Ctrl-C too, ends the servers that are busy."""
-        left, finished = iter(items), SimpleQueue()
+        left, finished, self.stopping = iter(items), SimpleQueue(), False
 
         def work() -> None:
             for item in left:  # one iterator for all threads
@@ -141,12 +142,12 @@ class Pool:
                 done(outcome)
         finally:
             self.stopping = True
-            while any(thread.is_alive() for thread in threads):
-                for lane in self.lanes:
-                    if lane.busy and (process := lane.process) is not None:
-                        process.kill()
-                next(filter(Thread.is_alive, threads), threads[0]).join(0.01)
-            self.stopping = False
+            for thread in threads:
+                while thread.is_alive():
+                    for lane in self.lanes:
+                        if lane.busy and (process := lane.process) is not None:
+                            process.kill()
+                    thread.join(0.01)
 
     def close(self) -> None:
         for lane in self.lanes:
