@@ -1,12 +1,11 @@
 """The executor's untrusting half: a fork server, and the child that runs one program and claims what it returned.
 
-`lanes.py` starts this file as a small process of its own (a "lane") and sends it jobs: a program and the arguments of
-some calls. The server never runs model code itself and never learns what the right answer would have been. In the order
-of this file:
-    gate          source text -> code object, or a verdict; nothing is executed
+`lanes.py` starts this file as a small process of its own (a "lane") and sends it jobs. The server never runs model code
+itself and never learns what the right answer would have been. In the order of this file:
+    gate, check   source text -> code object, or a verdict; nothing is executed
     namespaces    what the program can see: builtins without the dangerous ones, stand-ins instead of modules
     claims        run the program in a fresh namespace, call it, one line of text per call
-    serve         the loop: receive, gate, fork, watch the child's CPU clock, kill, reply
+    Server        receive, gate, fork, watch the child's CPU clock, kill, reply
 
 What it deliberately leaves out: the kernel's part (`layers.py`), the text of values (`literals.py`), equality, gold
 outputs and anything else that could decide a reward. Paper: arXiv 2505.03335, section 3.3.3. Usage: see `executor.py`.
@@ -29,7 +28,7 @@ import types
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from sandbox.layers import Layers, cpu_clock
 from sandbox.literals import Refused, serialise
@@ -276,22 +275,19 @@ class Server:
 
     def serve(self) -> None:
         """Run jobs until the trainer is gone, or until this process has grown."""
-        limit = peak_rss() * self.config["growth"]
+        limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * self.config["growth"]
         poller = select.poll()
         poller.register(self.channel, select.POLLIN)
         while os.getppid() == self.trainer:  # a forked relative of the trainer may keep the channel open for ever
             if poller.poll(1000):
-                self.send(self.run(*marshal.loads(receive(self.read))))
-                if peak_rss() > limit:
+                self.send(self.run(*marshal.loads(receive(partial(os.read, self.channel)))))
+                if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > limit:
                     return  # after a monstrous source every fork would pay: be started again
 
     def send(self, message: bytes) -> None:
         view = memoryview(FRAME.pack(len(message)) + message)
         while view:
             view = view[os.write(self.channel, view) :]
-
-    def read(self, size: int) -> bytes:
-        return os.read(self.channel, size)
 
     def run(self, program: str, calls: list[bytes], repeats: int, cpu_s: float, memory: int) -> bytes:
         """Gate, fork, watch, kill: the reply to one job."""
@@ -365,10 +361,6 @@ class Server:
             if (cpu is not None and cpu - spent > cpu_s) or now - moved > still_s or now - since > wall_s:
                 return b"timeout", out
         return b"output_too_large", out
-
-
-def peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main() -> None:

@@ -171,16 +171,8 @@ HONEST = {
 # Programs that fail without malice: name -> (program, input, verdicts), the same in all three modes
 
 FAILING = {
-    "acceptance: counter in a module-level list": (
-        program("calls = []", "def f(x):", "    calls.append(x)", "    return len(calls)"),
-        "1",
-        "nondeterministic",
-    ),
-    "acceptance: instance of a local class": (
-        program("class A:", "    pass", "def f(x):", "    return A()"),
-        "1",
-        "unserialisable",
-    ),
+    "acceptance: counter in a module-level list": (program("calls = []", "def f(x):", "    calls.append(x)", "    return len(calls)"), "1", "nondeterministic"),
+    "acceptance: instance of a local class": (program("class A:", "    pass", "def f(x):", "    return A()"), "1", "unserialisable"),
     "acceptance: raises Exception": (program("def f(x):", "    raise Exception('bad')"), "1", "runtime_error"),
     "acceptance: raises StopIteration": (program("def f(x):", "    raise StopIteration(1)"), "1", "runtime_error"),
     "acceptance: raises SystemExit": (program("def f(x):", "    raise SystemExit(0)"), "1", "runtime_error"),
@@ -188,32 +180,12 @@ FAILING = {
     "acceptance: output over the cap": (body("list(range(x))"), "9999", "output_too_large"),
     "acceptance: infinite loop": (program("def f(x):", "    while x: pass"), "1", "timeout"),
     "raises KeyboardInterrupt": (program("def f(x):", "    raise KeyboardInterrupt"), "1", "runtime_error"),
-    "raises its own BaseException": (
-        program("class Z(BaseException): pass", "def f(x):", "    raise Z"),
-        "1",
-        "runtime_error",
-    ),
+    "raises its own BaseException": (program("class Z(BaseException): pass", "def f(x):", "    raise Z"), "1", "runtime_error"),
     "fails while it loads": (program("[][0]", "def f(x):", "    return x"), "1", "runtime_error"),
-    "fails on the second call": (
-        program("left = [1]", "def f(x):", "    return left.pop()"),
-        "1",
-        "nondeterministic",
-    ),
-    "alternates two exceptions": (
-        program("calls = []", "def f(x):", "    calls.append(x)", "    raise (KeyError, ValueError)[len(calls) % 2]"),
-        "1",
-        "nondeterministic",
-    ),
-    "the exception depends on the hash seed": (
-        program("def f(x):", "    raise type(''.join(set(x)), (Exception,), {})"),
-        "'abcdefghijkl'",
-        "nondeterministic",
-    ),
-    "the exception while it loads does": (
-        program("raise type(''.join(set('abcdefghijkl')), (Exception,), {})"),
-        "1",
-        "nondeterministic",
-    ),
+    "fails on the second call": (program("left = [1]", "def f(x):", "    return left.pop()"), "1", "nondeterministic"),
+    "alternates two exceptions": (program("n = []", "def f(x):", "    n.append(x)", "    raise (KeyError, ValueError)[len(n) % 2]"), "1", "nondeterministic"),
+    "the exception depends on the hash seed": (program("def f(x):", "    raise type(''.join(set(x)), (Exception,), {})"), "'abcdefghijkl'", "nondeterministic"),
+    "the exception while it loads does": (program("raise type(''.join(set('abcdefghijkl')), (Exception,), {})"), "1", "nondeterministic"),
     "no f": (program("def g(x):", "    return x"), "1", "no_function"),
     "f is no function": ("f = 3\n", "1", "no_function"),
     "empty": ("", "1", "no_function"),
@@ -565,10 +537,8 @@ def test_induction_needs_every_hidden_pair():
 
 
 def test_literals_go_round():
-    for text in (
-        "[1, -2.5, (3,), {'a': {1, 2}}, None, True, b'\\x00', 1j, (1-2j), nan, -inf, frozenset({1}), set()]",
-        "()",
-    ):
+    many = "[1, -2.5, (3,), {'a': {1, 2}}, None, True, b'\\x00', 1j, (1-2j), nan, -inf, frozenset({1}), set()]"
+    for text in (many, "()"):
         value = parse_literal(text)
         assert same_value(value, parse_literal(canonical(value)))
     assert canonical({"b": {2, 1}, "a": -0.0}) == "{'a': -0.0, 'b': {1, 2}}"
