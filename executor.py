@@ -43,10 +43,13 @@ from sandbox.lanes import Pool
 from sandbox.literals import BadLiteral, Refused, canonical, parse_arguments, parse_literal, serialise
 
 ALLOWED_MODULES = tuple(
-    "__future__ abc array bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions "
-    "functools heapq itertools json math numbers operator re statistics string textwrap typing unicodedata".split(" ")
+    "__future__ abc array bisect cmath collections collections.abc copy dataclasses datetime decimal enum "  # noqa: SIM905
+    "fractions functools heapq itertools json math numbers operator re statistics string textwrap typing "
+    "unicodedata".split()
 )
 Jobs = Sequence[tuple[str, Sequence[str]]]  # (program, argument texts of each call)
+Pairs = Sequence[tuple[str, Sequence[str], Sequence[str]]]  # (program, hidden inputs, gold outputs)
+Seconds = float | Sequence[float] | None
 Progress = Callable[[int], None] | None  # called, in the caller's thread, with the number of jobs newly done
 
 
@@ -82,9 +85,7 @@ class Limits:
     full_builtins: bool = limit(False, "", "all builtins and whole modules, for the solutions of benchmarks")
     modules: Sequence[str] = limit(ALLOWED_MODULES, "", "what a program may import")
     entry: str = limit("f", "", "the function that is called")
-    isolation: str = limit(
-        "auto", "", "the kernel's layers: what the machine grants; minimal: none but resource limits"
-    )
+    isolation: str = limit("auto", "", "the kernel's layers: all that the machine grants; minimal: only rlimits")
 
 
 class Verdict(StrEnum):
@@ -195,9 +196,7 @@ class Executor(AbstractContextManager):
         """Servers that had to be started again so far."""
         return sum(lane.starts - 1 for lane in self.lanes)
 
-    def run(
-        self, jobs: Jobs, progress: Progress = None, cpu_s: float | Sequence[float] | None = None
-    ) -> list[list[Result]]:
+    def run(self, jobs: Jobs, progress: Progress = None, cpu_s: Seconds = None) -> list[list[Result]]:
         """Call each (program, [argument texts]) once per input. `cpu_s`: CPU seconds per call, for all or per job."""
         return Batch(self, jobs, progress, cpu_s or self.limits.cpu_s).results
 
@@ -206,15 +205,12 @@ class Executor(AbstractContextManager):
         other inputs are not tried: they count as timeouts too."""
         return Batch(self, jobs, progress, self.limits.validate_cpu_s, checked=True, patient=False).results
 
-    def verify(
-        self, jobs: Sequence[tuple[str, Sequence[str], Sequence[str]]], progress: Progress = None
-    ) -> list[Judgement]:
+    def verify(self, jobs: Pairs, progress: Progress = None) -> list[Judgement]:
         """Each (program, inputs, gold outputs) is right if the program returns every gold output. Gold outputs stay
         here: the process that runs the program only gets the inputs. After a timeout as in `validate`."""
         if not all(inputs and len(inputs) == len(golds) for _, inputs, golds in jobs):
             raise ValueError("verify needs at least one hidden pair for each program, and as many outputs as inputs")
-        calls = [(program, inputs) for program, inputs, _ in jobs]
-        judgements = []
+        calls, judgements = [(program, inputs) for program, inputs, _ in jobs], []
         batch = Batch(self, calls, progress, self.limits.cpu_s, patient=False)
         for (_, _, golds), results in zip(jobs, batch.results, strict=True):
             pairs = [self._judge(gold, result) for gold, result in zip(golds, results, strict=True)]
@@ -231,9 +227,8 @@ class Executor(AbstractContextManager):
         if not result.ok:
             return Judgement(False, 0.0, result.verdict, result.error)
         try:
-            correct = same_value(
-                *(parse_literal(text, self.limits.max_literal_chars) for text in (gold, result.output))
-            )
+            values = [parse_literal(text, self.limits.max_literal_chars) for text in (gold, result.output)]
+            correct = same_value(*values)
         except BadLiteral:
             return Judgement(False, 0.0, Verdict.OK, "BadLiteral")
         return Judgement(correct, float(correct), Verdict.OK)
@@ -257,7 +252,9 @@ class Batch:
     list per job. `checked`: every hash seed, several calls in each process. `patient`: go on with a job's other inputs
     after one of them timed out."""
 
-    def __init__(self, executor: Executor, jobs: Jobs, progress: Progress, cpu_s, checked=False, patient=True) -> None:
+    def __init__(
+        self, executor: Executor, jobs: Jobs, progress: Progress, cpu_s: Seconds, checked=False, patient=True
+    ) -> None:
         if not executor.close.alive:
             raise RuntimeError("this executor is closed: make a new one")
         self.pool, self.limits, self.patient = executor.pool, executor.limits, patient

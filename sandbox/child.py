@@ -1,12 +1,11 @@
 """The executor's untrusting half: a fork server, and the child that runs one program and claims what it returned.
 
-`lanes.py` starts this file as a small process of its own (a "lane") and sends it jobs: a program and the arguments of
-some calls. The server never runs model code itself and never learns what the right answer would have been. In the order
-of this file:
-    gate          source text -> code object, or a verdict; nothing is executed
+`lanes.py` starts this file as a small process of its own (a "lane") and sends it jobs. The server never runs model code
+itself and never learns what the right answer would have been. In the order of this file:
+    gate, check   source text -> code object, or a verdict; nothing is executed
     namespaces    what the program can see: builtins without the dangerous ones, stand-ins instead of modules
     claims        run the program in a fresh namespace, call it, one line of text per call
-    serve         the loop: receive, gate, fork, watch the child's CPU clock, kill, reply
+    Server        receive, gate, fork, watch the child's CPU clock, kill, reply
 
 What it deliberately leaves out: the kernel's part (`layers.py`), the text of values (`literals.py`), equality, gold
 outputs and anything else that could decide a reward. Paper: arXiv 2505.03335, section 3.3.3. Usage: see `executor.py`.
@@ -29,7 +28,7 @@ import types
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from sandbox.layers import Layers, cpu_clock
 from sandbox.literals import Refused, serialise
@@ -38,13 +37,15 @@ FRAME = struct.Struct("<I")  # length of the message that follows
 HEAD = struct.Struct("<f")  # of a reply: CPU seconds; then the child's lines, and in the last why one is missing
 
 
-def receive(file) -> bytes:
-    """The next message. EOFError: the other side is gone."""
-    head = file.read(FRAME.size)
-    message = file.read(FRAME.unpack(head)[0]) if len(head) == FRAME.size else b""
-    if not message:
-        raise EOFError
-    return message
+def receive(read: Callable[[int], bytes]) -> bytes:
+    """The next message; nothing follows it, since each side waits for the other. EOFError: the other side is gone."""
+    data = bytearray()
+    while len(data) < FRAME.size or len(data) < FRAME.size + FRAME.unpack_from(data)[0]:
+        piece = read(1 << 16)
+        if not piece:
+            raise EOFError("a server of the executor ended or did not start: run `python executor.py --doctor`")
+        data += piece
+    return bytes(data[FRAME.size :])
 
 
 # The static gate: a first filter and the source of clear verdicts. It can be fooled and nothing relies on it.
@@ -238,7 +239,6 @@ class Server:
         """Import, confine this process, say what holds, then settle its memory: every page a child writes is copied."""
         os.environ.clear()
         self.channel, self.config, self.trainer = channel, config, os.getppid()
-        self.inbox, self.outbox = os.fdopen(channel, "rb"), os.fdopen(channel, "wb", closefd=False)
         self.allowed = frozenset(config["modules"]) if config["gate"] else None
         self.layers = Layers(config["isolation"])
         os.register_at_fork, real = (lambda **hooks: None), os.register_at_fork  # `random` would re-seed in every child
@@ -275,16 +275,19 @@ class Server:
 
     def serve(self) -> None:
         """Run jobs until the trainer is gone, or until this process has grown."""
-        limit = peak_rss() * self.config["growth"]
+        limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * self.config["growth"]
+        poller = select.poll()
+        poller.register(self.channel, select.POLLIN)
         while os.getppid() == self.trainer:  # a forked relative of the trainer may keep the channel open for ever
-            if select.select([self.channel], [], [], 1.0)[0]:
-                self.send(self.run(*marshal.loads(receive(self.inbox))))
-                if peak_rss() > limit:
+            if poller.poll(1000):
+                self.send(self.run(*marshal.loads(receive(partial(os.read, self.channel)))))
+                if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > limit:
                     return  # after a monstrous source every fork would pay: be started again
 
     def send(self, message: bytes) -> None:
-        self.outbox.write(FRAME.pack(len(message)) + message)
-        self.outbox.flush()
+        view = memoryview(FRAME.pack(len(message)) + message)
+        while view:
+            view = view[os.write(self.channel, view) :]
 
     def run(self, program: str, calls: list[bytes], repeats: int, cpu_s: float, memory: int) -> bytes:
         """Gate, fork, watch, kill: the reply to one job."""
@@ -317,12 +320,15 @@ class Server:
                 with suppress(ProcessLookupError, PermissionError):
                     kill(pid, signal.SIGKILL)
             _, status, usage = os.wait4(pid, 0)
-        if os.WIFSIGNALED(status):  # of what the kernel says of its end, this is what it cannot fake in its favour
-            cause = {signal.SIGSYS: "unsafe\tsystem_call", signal.SIGXCPU: "timeout"}.get(os.WTERMSIG(status), cause)
-        text = b"\n".join([*out.split(b"\n")[:-1][:lines], cause.encode()])  # what follows the last LF is unfinished
-        return HEAD.pack(usage.ru_utime + usage.ru_stime) + text
+        killer = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0  # facts that it cannot fake in its favour
+        if killer == signal.SIGSYS:
+            cause = b"unsafe\tsystem_call"
+        elif killer == signal.SIGXCPU:
+            cause = b"timeout"
+        end = out.rfind(b"\n") + 1  # what follows is unfinished
+        return HEAD.pack(usage.ru_utime + usage.ru_stime) + out[:end] + cause
 
-    def watch(self, pid: int, reader: int, lines: int, cpu_s: float) -> tuple[str, bytes]:
+    def watch(self, pid: int, reader: int, lines: int, cpu_s: float) -> tuple[bytes, bytes]:
         """Collect what the child writes until it is done, too slow or too talkative. EOFError: the trainer is gone.
 
         `cpu_s` is for each line, by the child's own CPU clock, so that a busy machine turns no honest program into a
@@ -347,18 +353,14 @@ class Server:
                 out += data
                 seen += data.count(b"\n")
                 if not data or seen >= lines:
-                    return "runtime_error\tdied", out
+                    return b"runtime_error\tdied", out
                 if b"\n" in data:
                     since, spent = now, cpu or spent
             if cpu is not None and cpu - clock > 0.001:
                 clock, moved = cpu, now
             if (cpu is not None and cpu - spent > cpu_s) or now - moved > still_s or now - since > wall_s:
-                return "timeout", out
-        return "output_too_large", out
-
-
-def peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                return b"timeout", out
+        return b"output_too_large", out
 
 
 def main() -> None:

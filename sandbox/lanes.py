@@ -15,11 +15,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Thread
 
 from sandbox.child import FRAME, HEAD, receive
 
@@ -36,7 +35,7 @@ class Lane:
 
     def start(self) -> None:
         self.socket, theirs = socket.socketpair()
-        self.inbox, self.layers, self.starts = self.socket.makefile("rb"), {}, self.starts + 1
+        self.layers, self.starts = {}, self.starts + 1
         environment = {"PYTHONHASHSEED": str(self.seed)}  # empty otherwise; -I and -E would ignore the seed
         if "LD_LIBRARY_PATH" in os.environ:  # some interpreters find their own library by it
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
@@ -54,7 +53,7 @@ class Lane:
             self.start()
         if not self.layers:
             self.socket.settimeout(self.config["hang_s"])
-            self.layers = json.loads(receive(self.inbox))
+            self.layers = json.loads(receive(self.socket.recv))
         return self.layers
 
     def ask(self, job: bytes, patience: float) -> bytes | int:
@@ -63,7 +62,7 @@ class Lane:
             self.ready()
             self.socket.settimeout(patience)
             self.socket.sendall(FRAME.pack(len(job)) + job)
-            return receive(self.inbox)
+            return receive(self.socket.recv)
         except (EOFError, OSError):
             return self.close()
 
@@ -72,7 +71,6 @@ class Lane:
         process, self.process = self.process, None
         if process is None:
             return 0
-        self.inbox.close()
         self.socket.close()
         process.kill()
         return process.wait()
@@ -108,7 +106,9 @@ class Pool:
                 if reply == -signal.SIGPROF:
                     return ["timeout\tcompile"] * lines, "", 0.0
                 lane.deaths += 1
-                attempts += reply != 0  # 0: it had grown and retired
+                attempts += bool(
+                    reply and lane.layers
+                )  # neither one that had grown and retired, nor one that never was
                 if attempts == 2:
                     return ["runtime_error\tserver_died"] * lines, "", 0.0
             raise RuntimeError("the executor's servers keep dying: run `python executor.py --doctor`")
@@ -119,22 +119,35 @@ class Pool:
     def each(self, function: Callable, items: Sequence, done: Callable) -> None:
         """done(function(item)) for each item: `function` in as many threads as there are lanes, `done` in the caller's.
         Any exception, Ctrl-C too, ends the servers that are busy."""
-        threads, finished = ThreadPoolExecutor(len(self.lanes)), SimpleQueue()
+        left, finished, self.stopping = iter(items), SimpleQueue(), False
+
+        def work() -> None:
+            for item in left:  # one iterator for all threads
+                outcome: object = RuntimeError("a thread of the executor failed as shown above")
+                try:
+                    outcome = function(item)
+                except RuntimeError as error:
+                    outcome = error
+                finally:
+                    finished.put(outcome)
+
+        threads = [Thread(target=work, daemon=True) for _ in self.lanes[: len(items)]]
         try:
-            for item in items:
-                threads.submit(function, item).add_done_callback(finished.put)
+            for thread in threads:
+                thread.start()
             for _ in items:
-                done(finished.get().result())
+                outcome = finished.get()
+                if isinstance(outcome, RuntimeError):
+                    raise outcome
+                done(outcome)
         finally:
             self.stopping = True
-            threads.shutdown(wait=False, cancel_futures=True)
-            while any(lane.busy for lane in self.lanes):
-                for lane in self.lanes:
-                    if lane.busy and (process := lane.process) is not None:
-                        process.kill()
-                time.sleep(0.01)
-            threads.shutdown()
-            self.stopping = False
+            for thread in threads:
+                while thread.is_alive():
+                    for lane in self.lanes:
+                        if lane.busy and (process := lane.process) is not None:
+                            process.kill()
+                    thread.join(0.01)
 
     def close(self) -> None:
         for lane in self.lanes:

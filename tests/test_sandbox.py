@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,10 @@ from executor import (
     BadLiteral,
     Executor,
     Judgement,
+    Limits,
     Verdict,
     canonical,
+    main,
     parse_arguments,
     parse_literal,
     same_value,
@@ -35,7 +38,7 @@ HERE = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("AZR_SHARED", HERE.parent / "shared"))
 MARKER = Path(tempfile.gettempdir()) / "azr_executor_was_here"
 MODES = {"gate": {}, "no_gate": {"gate": False}, "full_builtins": {"gate": False, "full_builtins": True}}
-LIMITS = {"cpu_s": 0.3, "validate_cpu_s": 0.3}
+LIMITS = {"cpu_s": 0.3, "validate_cpu_s": 0.3, "still_s": 2.0, "compile_cpu_s": 0.5}
 
 
 def program(*lines: str) -> str:
@@ -168,16 +171,8 @@ HONEST = {
 # Programs that fail without malice: name -> (program, input, verdicts), the same in all three modes
 
 FAILING = {
-    "acceptance: counter in a module-level list": (
-        program("calls = []", "def f(x):", "    calls.append(x)", "    return len(calls)"),
-        "1",
-        "nondeterministic",
-    ),
-    "acceptance: instance of a local class": (
-        program("class A:", "    pass", "def f(x):", "    return A()"),
-        "1",
-        "unserialisable",
-    ),
+    "acceptance: counter in a module-level list": (program("calls = []", "def f(x):", "    calls.append(x)", "    return len(calls)"), "1", "nondeterministic"),
+    "acceptance: instance of a local class": (program("class A:", "    pass", "def f(x):", "    return A()"), "1", "unserialisable"),
     "acceptance: raises Exception": (program("def f(x):", "    raise Exception('bad')"), "1", "runtime_error"),
     "acceptance: raises StopIteration": (program("def f(x):", "    raise StopIteration(1)"), "1", "runtime_error"),
     "acceptance: raises SystemExit": (program("def f(x):", "    raise SystemExit(0)"), "1", "runtime_error"),
@@ -185,17 +180,12 @@ FAILING = {
     "acceptance: output over the cap": (body("list(range(x))"), "9999", "output_too_large"),
     "acceptance: infinite loop": (program("def f(x):", "    while x: pass"), "1", "timeout"),
     "raises KeyboardInterrupt": (program("def f(x):", "    raise KeyboardInterrupt"), "1", "runtime_error"),
-    "raises its own BaseException": (
-        program("class Z(BaseException): pass", "def f(x):", "    raise Z"),
-        "1",
-        "runtime_error",
-    ),
+    "raises its own BaseException": (program("class Z(BaseException): pass", "def f(x):", "    raise Z"), "1", "runtime_error"),
     "fails while it loads": (program("[][0]", "def f(x):", "    return x"), "1", "runtime_error"),
-    "fails on the second call": (
-        program("left = [1]", "def f(x):", "    return left.pop()"),
-        "1",
-        "nondeterministic",
-    ),
+    "fails on the second call": (program("left = [1]", "def f(x):", "    return left.pop()"), "1", "nondeterministic"),
+    "alternates two exceptions": (program("n = []", "def f(x):", "    n.append(x)", "    raise (KeyError, ValueError)[len(n) % 2]"), "1", "nondeterministic"),
+    "the exception depends on the hash seed": (program("def f(x):", "    raise type(''.join(set(x)), (Exception,), {})"), "'abcdefghijkl'", "nondeterministic"),
+    "the exception while it loads does": (program("raise type(''.join(set('abcdefghijkl')), (Exception,), {})"), "1", "nondeterministic"),
     "no f": (program("def g(x):", "    return x"), "1", "no_function"),
     "f is no function": ("f = 3\n", "1", "no_function"),
     "empty": ("", "1", "no_function"),
@@ -381,6 +371,24 @@ def test_failing_programs(executor, mode):
             assert (result.verdict, result.error) == (again.verdict, again.error), name
 
 
+def test_an_error_says_where_it_was_raised(executor, mode):
+    rows = [
+        (program("raise KeyError", "def f(x):", "    return x"), "runtime_error", "KeyError", "load"),
+        (program("def f(x):", "    raise KeyError"), "runtime_error", "KeyError", "call"),
+        (program("class Own(BaseException): pass", "def f(x):", "    raise Own"), "runtime_error", "Own", "call"),
+        (program("def f(): return 1"), "runtime_error", "TypeError", "call"),  # wrong arity
+        (program("def g(x):", "    return x"), "no_function", "", ""),
+        (program("while True: pass"), "timeout", "", ""),
+        (body("x"), "ok", "", ""),
+    ]
+    for judge in (executor.validate, executor.run):
+        for (text, *wanted), [result] in zip(rows, judge([(text, ["1"]) for text, *_ in rows]), strict=True):
+            assert [result.verdict, result.error, result.stage] == wanted, (text, result)
+    if mode == "full_builtins":  # a child that ends without a claim raised nothing
+        [[died]] = executor.validate([(body("os._exit(1)", "import os"), ["1"])])
+        assert (died.verdict, died.stage) == ("runtime_error", "")
+
+
 def test_attacks_are_contained(executor, mode):
     results = executor.validate([(text, ["3"]) for text, _, _ in ATTACKS.values()])
     for (name, (_, gated, open_gate)), [result] in zip(ATTACKS.items(), results, strict=True):
@@ -529,10 +537,8 @@ def test_induction_needs_every_hidden_pair():
 
 
 def test_literals_go_round():
-    for text in (
-        "[1, -2.5, (3,), {'a': {1, 2}}, None, True, b'\\x00', 1j, (1-2j), nan, -inf, frozenset({1}), set()]",
-        "()",
-    ):
+    many = "[1, -2.5, (3,), {'a': {1, 2}}, None, True, b'\\x00', 1j, (1-2j), nan, -inf, frozenset({1}), set()]"
+    for text in (many, "()"):
         value = parse_literal(text)
         assert same_value(value, parse_literal(canonical(value)))
     assert canonical({"b": {2, 1}, "a": -0.0}) == "{'a': -0.0, 'b': {1, 2}}"
@@ -575,7 +581,7 @@ def test_wide_limits_for_benchmarks():
 
 def test_a_sleeper_meets_the_wall_limit():
     waits = program("import _thread", "def f(x):", "    lock = _thread.allocate_lock()", "    while 1: lock.acquire()")
-    with Executor(2, cpu_s=0.2, gate=False, full_builtins=True) as executor:
+    with Executor(2, cpu_s=0.2, still_s=1.0, gate=False, full_builtins=True) as executor:
         [[result]] = executor.run([(waits, ["1"])])
     assert result.verdict == "timeout"
 
@@ -609,18 +615,24 @@ def test_isolation_minimal_still_judges_and_nonsense_is_refused():
         Executor(isolation="maximal")
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch, capsys):
     file = tmp_path / "p.py"
     file.write_text(body("x[::-1]"))
-    command = [sys.executable, str(HERE / "executor.py")]
-    ran = subprocess.run([*command, str(file), "'abc'"], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0 and "verdict  ok" in ran.stdout and "'cba'" in ran.stdout, ran
-    ran = subprocess.run([*command, str(file), "abc"], capture_output=True, text=True, check=False)
-    assert ran.returncode == 1 and "bad_input" in ran.stdout
-    ran = subprocess.run([*command, "--doctor"], capture_output=True, text=True, check=False)
+
+    def command(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["executor.py", *arguments])
+        return main(), capsys.readouterr().out
+
+    status, printed = command(str(file), "'abc'")
+    assert status == 0 and "verdict  ok" in printed and "'cba'" in printed
+    status, printed = command(str(file), "abc")
+    assert status == 1 and "bad_input" in printed
+    status, printed = command("--doctor")
     if sys.platform == "linux":
-        assert ran.returncode == 0 and "NOT CONTAINED" not in ran.stdout, ran.stdout
-    assert "seccomp" in ran.stdout
+        assert status == 0 and "NOT CONTAINED" not in printed, printed
+    assert "seccomp" in printed
+    for row in fields(Limits):  # every limit with its value, unit and what it guards
+        assert f"| {row.name} | {row.default} | {row.metadata['unit']} | {row.metadata['guards']} |" in printed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -661,6 +673,14 @@ def test_a_killed_server_is_replaced_and_the_batch_completes():
         assert [r.output for [r] in results[:60]] == [str(2 * x) for x in range(60)]
         assert executor.restarts == 2 and not victims
         check_honest(executor)
+
+
+@LINUX
+def test_a_server_that_hangs_is_replaced():
+    with Executor(2, cpu_s=0.01, wall_s=0.1, hang_s=0.5) as executor:
+        os.kill(executor.lanes[0].process.pid, signal.SIGSTOP)
+        assert executor.run([(body("x"), ["5"])])[0][0].output == "5"
+        assert executor.restarts == 1
 
 
 @LINUX
