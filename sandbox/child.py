@@ -148,11 +148,8 @@ class Forbidden(ImportError):
 
 def public_names(name: str) -> dict:
     """The names a program may use of an allowed module: no private ones, no modules (`dataclasses.sys` leads out)."""
-    return {
-        key: value
-        for key, value in vars(sys.modules[name]).items()
-        if not key.startswith("_") and key not in HIDDEN and type(value) is not types.ModuleType
-    }
+    items = vars(sys.modules[name]).items()
+    return {k: v for k, v in items if k[0] != "_" and k not in HIDDEN and type(v) is not types.ModuleType}
 
 
 def make_importer(table: dict, for_c_code: tuple, module_type: type, forbidden: type) -> tuple:
