@@ -4,8 +4,8 @@ The workload is 20 small programs x 20 inputs = 400 runs: each run in a child of
 program, on 1 to 8 lanes, beside `subprocess.run([python, "-c", ...])`. Every number is the median of some repeats and
 every output is checked. CPU milliseconds are the figure to trust on a machine that others use too.
 
-What it leaves out: the isolation itself (`python executor.py --doctor`, `tests/test_sandbox.py`). The paper reports no cost
-of execution. Usage:
+What it leaves out: the isolation itself (`python executor.py --doctor`, `tests/test_sandbox.py`). The paper reports no
+cost of execution. Usage:
     python benchmarks/executor.py [--repeats 5]     # a table, and everything as JSON on the last line
 """
 
