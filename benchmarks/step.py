@@ -140,9 +140,9 @@ def one_step(number: int, options, policy, optimizer, engine, executor, plan) ->
     held = held_bytes(device)
 
     programs = [PROGRAMS[i % len(PROGRAMS)] for i in range(options.proposals)]
-    answers = [(program, "0", arguments) for program, arguments in programs for _ in range(options.samples)]
+    answers = [(program, [arguments], ["0"]) for program, arguments in programs for _ in range(options.samples)]
     validating, _ = timed(device, executor.validate, [(program, [arguments]) for program, arguments in programs])
-    verifying, _ = timed(device, executor.verify_abduction, answers)
+    verifying, _ = timed(device, executor.verify, answers)
     seconds["execute"] = validating + verifying
 
     rows = [*zip(asked, proposed, strict=True), *list(zip(tasks, solved, strict=True))[options.proposals :]]

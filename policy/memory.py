@@ -48,7 +48,7 @@ class Plan:
 
     def describe(self) -> str:
         rows = self.parts | {"may be used": (self.limit,) * 2, "needed in host memory": (self.host_bytes,) * 2}
-        lines = [f"{self.parameters / 1e9:.3g} B parameters; GB on the {self.device:<21}train   rollout"]
+        lines = [f"{self.parameters / 1e9:.3g} B parameters; GB, device {self.device:<20}train   rollout"]
         lines += [f"  {name:<38}{a / GB:8.2f}  {b / GB:8.2f}" for name, (a, b) in rows.items() if a or b]
         names = ("sleep", "gradient_checkpointing", "offload_optimizer", "token_budget", "max_num_seqs")
         return "\n".join(lines + [f"  {name}: {getattr(self, name)}" for name in names])
