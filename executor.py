@@ -353,7 +353,8 @@ def doctor() -> int:
     """Print the limits, the layers and the fate of some escapes; returns the number of escapes that worked."""
     print("| limit | value | unit | what it guards |\n|---|---|---|---|")
     for line in fields(Limits):
-        print(f"| {line.name} | {line.default} | {line.metadata['unit']} | {line.metadata['guards']} |")
+        value = " ".join(map(str, line.default)) if isinstance(line.default, tuple) else line.default
+        print(f"| {line.name} | {value} | {line.metadata['unit']} | {line.metadata['guards']} |")
     with Executor(2, cpu_s=0.5, gate=False, full_builtins=True) as executor:
         print(*(f"{name:18} {value}" for name, value in executor.layers.items()), sep="\n")
         results = executor.run([(program, [""]) for program in ESCAPES.values()])

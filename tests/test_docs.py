@@ -3,8 +3,11 @@
 import ast
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+
+import executor
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = re.findall(r"`([\w/]+\.py): ([\w.]+)`", (ROOT / "docs/questions.md").read_text(encoding="utf-8"))
@@ -32,3 +35,10 @@ def test_there_are_twenty_questions():
 @pytest.mark.parametrize("file, name", sorted(set(PLACES)))
 def test_every_place_exists(file, name):
     assert name in names(ROOT / file)
+
+
+def test_the_readme_shows_every_limit_of_a_program(capsys):
+    with patch("executor.ESCAPES", {}):
+        executor.doctor()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) > 20 and "\n".join(table) in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -711,7 +711,7 @@ def test_probability_of_the_rewarded_token_rises(dtype, lr):
 @pytest.mark.parametrize("weighting", ["sequence", "token"])
 @pytest.mark.parametrize("loss_mean", ["sequence", "token"])
 def test_the_value_of_the_loss_is_a_matter_of_lengths(weighting, loss_mean):
-    """docs/metrics.md: at ratio 1 the loss is 0 where whitening and loss weigh alike, else a covariance with lengths."""
+    """docs/metrics.md: at ratio 1 it is 0 where whitening and loss weigh alike, else a covariance with the lengths."""
     rewards, lengths = [1.0, 0.0, 1.0, -1.0, 0.5, -0.5], [3, 9, 4, 20, 7, 5]
     cells = ["a", "a", "a", "b", "b", "b"]
     advantage = whiten(rewards, cells, lengths, weighting)
