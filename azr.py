@@ -18,24 +18,27 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
-import torch
-import transformers
 from tqdm import tqdm
 
 import evaluate
-import trr
 from buffers import Buffer, Task, load_tasks, save_tasks
 from executor import Executor
-from harness import checkpoint, report
 from harness.config import Config, parse
-from harness.metrics import Watch
+from policy.dialogue import Parts, split_response, wrap
+from prompts import KINDS, Kind
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse()  # shows the options and ends before torch is imported, which takes seconds
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import trr
+from harness import checkpoint, metrics, report
 from harness.report import phase
 from harness.start import SetupError, check_engine, describe, interruptible, start, stop, uninterrupted
-from policy.dialogue import Parts, split_response, wrap
 from policy.engine import Completion, Engine
 from policy.memory import Plan
 from policy.optimizer import MasterAdamW, learning_rate
-from prompts import KINDS, Kind
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the loop passes on
@@ -72,14 +75,14 @@ class Run:
 
     config: Config
     folder: Path
-    policy: torch.nn.Module
-    tokenizer: transformers.PreTrainedTokenizerBase
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     engine: Engine
     optimizer: MasterAdamW
     executor: Executor
     plan: Plan
     buffers: dict[str, Buffer]
-    watch: Watch  # has read all records of metrics.jsonl
+    watch: metrics.Watch  # has read all records of metrics.jsonl
     step: int = 0
     saved: int = -1  # the step of the newest checkpoint
     status: report.Status = field(default_factory=report.Status)  # the harness's own notes
@@ -94,8 +97,8 @@ class Run:
 
 def train(run: Run) -> None:
     """Self-play from the step after the last finished one until `steps`."""
-    config = run.config
-    while run.step < config.steps:
+    config, collapsed = run.config, False
+    while run.step < config.steps and not collapsed:
         step, run.status.seconds, began = run.step + 1, Counter(), time.perf_counter()
         proposals, attempts = play(run, step)
         with uninterrupted(run):  # half an optimizer step cannot be saved, so Ctrl-C waits for the end of the step
@@ -108,8 +111,6 @@ def train(run: Run) -> None:
             collapsed = config.stop_on_collapse and bool(record["alarms"])
             checkpoint.save_due(run, record, last=collapsed or step == config.steps)
             report.show(run, record, time.perf_counter() - began)
-        if collapsed:
-            break
 
 
 def play(run: Run, step: int) -> tuple[list[Rollout], list[Rollout]]:
@@ -198,8 +199,7 @@ def solve_rollout(run: Run, task: Task, step: int, count: int = 1, trains: bool 
 
 
 def fits(run: Run, task: Task, kinds: list[Kind]) -> bool:
-    """Whether the prompts to solve a task as each of `kinds` are within --max-prompt: one of them shows the output,
-    another the input."""
+    """Whether the prompts to solve a task as each of `kinds` (one shows the output, one the input) are short enough."""
     prompts = [solve_rollout(run, replace(task, kind=kind.name), task.step).prompt_ids for kind in kinds]
     return max(map(len, prompts)) <= run.config.max_prompt
 

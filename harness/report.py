@@ -165,18 +165,21 @@ def write_tensorboard(run, record: dict) -> None:
 def show(run, record: dict, seconds: float) -> None:
     """One status line on the terminal, and the alarms."""
 
-    def rewards(role: str) -> str:
-        return " ".join(f"{record.get(f'{role}/{kind}/reward_mean', math.nan):+.2f}" for kind in run.config.kinds)
+    def rewards(role: str) -> str:  # of the kinds that had any: with --control fixed nothing is proposed
+        means = [record.get(f"{role}/{kind}/reward_mean") for kind in run.config.kinds]
+        found = [f"{mean:+.2f}" for mean in means if mean is not None]
+        return f" {role} {' '.join(found)}" if found else ""
 
     shown = (("entropy", "entropy", ".3f"), ("grad", "grad_norm", ".2f"), ("mismatch", "mismatch", ".4f"))
     policy = " ".join(  # a value is absent where nothing was trained, or where the engine is the policy itself
         f"{label} {record[f'update/{name}']:{form}}" for label, name, form in shown if f"update/{name}" in record
     )
+    valid = "" if run.config.control == "fixed" else f"valid {record['valid_share']:.0%} "
     phases = " ".join(f"{name} {value:.1f}" for name, value in run.status.seconds.items())
     remaining = int((run.config.steps - run.step) * seconds)
     print(
-        f"step {run.step}/{run.config.steps} | reward propose {rewards('propose')} solve {rewards('solve')} | "
-        f"valid {record['valid_share']:.0%} solved {record['solve_rate']:.0%} | {policy} | "
+        f"step {run.step}/{run.config.steps} | reward{rewards('propose')}{rewards('solve')} | "
+        f"{valid}solved {record['solve_rate']:.0%} | {policy} | "
         f"{phases} s | ETA {remaining // 60}:{remaining % 60:02d}"
     )
     for alarm in record["alarms"]:

@@ -5,3 +5,9 @@ check_sync; transformers_engine.py and vllm_engine.py: the two engines; logprobs
 MasterAdamW; memory.py: plan; speed.py: estimate_seconds.
 It never imports the loop, the rewards, the task types, the executor or the harness.
 """
+
+import os
+
+# Before torch is imported: threads that wait for each other must sleep, not spin. On a machine whose cores are shared
+# with other programs spinning makes a step several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
