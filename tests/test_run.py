@@ -138,7 +138,7 @@ def test_ablations_and_switches_run(whole_run, tmp_path, capsys, extra):
     seeds = ["--seeds", str(whole_run / "seeds.jsonl")]
     assert azr.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "r"), *seeds, *extra]) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/1")]
-    assert "nan" not in line and ("| valid" in line) == ("propose" in line) == ("fixed" not in extra)
+    assert "nan" not in line and ("| valid " in line) == ("propose" in line) == ("fixed" not in extra)
     if "--minibatches" in extra:
         record = json.loads((tmp_path / "r/metrics.jsonl").read_text().splitlines()[-1])
         assert record["update/steps"] == 2 and record["update/ratio"] != 1
@@ -432,7 +432,8 @@ def test_help_needs_no_torch():
     """Help in under a second of processor time: what takes seconds is importing torch, so it must not be."""
     for program in ("azr.py", "evaluate.py"):
         code = f"import runpy, sys; sys.argv = ['{program}', '--help']\n"
-        code += f"try: runpy.run_path('{program}', run_name='__main__')\nexcept SystemExit: assert 'torch' not in sys.modules, 'torch was imported'"
+        code += f"try: runpy.run_path('{program}', run_name='__main__')\n"
+        code += "except SystemExit: assert 'torch' not in sys.modules, 'torch was imported'"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
         assert result.returncode == 0 and "--model" in result.stdout, result.stderr
 
