@@ -632,7 +632,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         assert status == 0 and "NOT CONTAINED" not in printed, printed
     assert "seccomp" in printed
     for row in fields(Limits):  # every limit with its value, unit and what it guards
-        assert f"| {row.name} | {row.default} | {row.metadata['unit']} | {row.metadata['guards']} |" in printed
+        value = " ".join(map(str, row.default)) if isinstance(row.default, tuple) else row.default
+        assert f"| {row.name} | {value} | {row.metadata['unit']} | {row.metadata['guards']} |" in printed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
