@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 from unittest.mock import patch
 
@@ -42,3 +43,11 @@ def test_the_readme_shows_every_limit_of_a_program(capsys):
         executor.doctor()
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) > 20 and "\n".join(table) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_one_step_on_the_board_is_what_the_example_prints(capsys):
+    page = (ROOT / "docs/one_step.md").read_text(encoding="utf-8")
+    runpy.run_path(str(ROOT / "examples/one_step.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    told = [line for line in page.splitlines() if line and not line.startswith(">")]
+    assert told == [line for line in printed.splitlines() if line]
