@@ -76,9 +76,8 @@ def show(run: azr.Run, proposals: list[azr.Rollout], attempts: list[azr.Rollout]
     block(f"ratio = 1 before the first step, so the token's loss is -1 x A / N = {-proposal.advantage / tokens:.6f}")
     block(f"with N = {tokens} response tokens of {len(rows)} rollouts; its gradient is that of -A log pi / N")
     update = azr.learn(run, [*proposals, *attempts], 1)
-    block(
-        f"loss {update['update/loss']:.4f}, gradient norm {update['update/grad_norm']:.4f}, clipped at {config.grad_clip}"
-    )
+    norm = f"gradient norm {update['update/grad_norm']:.4f}, clipped at {config.grad_clip}"
+    block(f"loss {update['update/loss']:.4f}, {norm}")
 
 
 def main() -> None:
