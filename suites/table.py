@@ -106,7 +106,7 @@ class EvalPlus(Suite):
         return tokenizer.apply_chat_template(turns, tokenize=False).split(cut)[0]
 
     def extract(self, item: Item, response: str) -> str | None:
-        return sanitize(response)
+        return sanitize(response, item.gold["entry_point"])
 
     def completion(self, item: Item, text: str) -> str | None:
         return item.gold["prompt"] + text
