@@ -101,22 +101,26 @@ def last_box(text: str) -> str | None:
     return None
 
 
-PHRASE = re.compile(r"(?:final\s+)?answer\s*(?:is|:)\s*:?\s*", re.IGNORECASE)
+PHRASE = re.compile(r"(?:final\s+)?answer\s*(?:is|:)\s*:?\s*|^#*\s*(?:final\s+)?answer[ ]*\n\s*", re.I | re.M)
+BOLD = re.compile(r"(?<![\w)}\]*^\\])(\*{2,3}|__)(?=\S)(.+?)(?<=\S)\1(?![\w({*^\\])")  # not the power in 2**3
+MARKS = (("*", "*"), ("_", "_"), (r"\[", r"\]"), (r"\(", r"\)"), ("$$", "$$"), ("$", "$"))
 
 
 def extract_math(response: str) -> str | None:
     """Last answer tag, in it the last box or else all of it; without tags the last box, the last display formula, or
-    what follows the last "answer is". None: nothing to judge (counted apart from a wrong answer)."""
+    what follows the last "answer is". Bold print does not count. None: nothing to judge (counted apart from a wrong
+    answer)."""
     answer = answer_text(response)
     found = last_box(response if answer is None else answer)
+    text = BOLD.sub(r"\2", response if answer is None else answer)
     if found is None and answer is None:
-        display = re.findall(r"\\\[(.*?)\\\]", response, re.DOTALL)
-        phrases = list(PHRASE.finditer(response))
-        found = display[-1] if display else response[phrases[-1].end() :].split("\n")[0] if phrases else ""
+        display = re.findall(r"\\\[(.*?)\\\]", text, re.DOTALL)
+        phrases = list(PHRASE.finditer(text))
+        found = display[-1] if display else text[phrases[-1].end() :].split("\n")[0] if phrases else ""
     elif found is None:
-        found = PHRASE.split(answer)[-1]
-    found = re.sub(r"(?<!\.)\.$", "", found.strip()).strip()
-    for left, right in ((r"\[", r"\]"), (r"\(", r"\)"), ("$$", "$$"), ("$", "$")):
+        found = PHRASE.split(text)[-1]
+    found = re.sub(r"(?<!\.)\.$", "", BOLD.sub(r"\2", found.strip())).strip()
+    for left, right in MARKS:
         inner = found[len(left) : -len(right)]
         if found.startswith(left) and found.endswith(right) and inner and left not in inner:
             found = inner.strip()
