@@ -22,6 +22,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 
 import numpy as np
 
@@ -32,16 +33,14 @@ Progress = Callable[[int], None] | None
 # ---------------------------------------------------------------------------------------------------------------------
 # Code in the executor: what runs beside the solution, in its process
 
-# What solutions may import has to be there before the sandbox closes: the standard library, without what opens a window
-# or a browser, and with the submodules that it would load later.
-MODULES = """
-__future__ asyncio.runners collections.abc concurrent.futures.process concurrent.futures.thread ctypes.util
-email.mime.text encodings.idna html.entities html.parser http.client importlib.metadata importlib.resources
-logging.config logging.handlers multiprocessing.dummy multiprocessing.pool unittest.mock urllib.parse urllib.request
-xml.dom.minidom xml.etree.ElementTree xml.sax.saxutils
-""".split()  # noqa: SIM905
-WINDOWS = {"antigravity", "ensurepip", "idlelib", "lib2to3", "test", "tkinter", "turtle", "turtledemo", "venv"}
-MODULES += sorted(name for name in sys.stdlib_module_names - WINDOWS if not name.startswith("_"))
+# What a solution may import has to be there before the sandbox closes: the whole standard library, but what opens a
+# window or a browser, tests and installers.
+UNWANTED = {"__init__", "__main__", "antigravity", "ensurepip", "idlelib", "lib2to3", "test", "tests", "tkinter",
+            "turtle", "turtledemo", "venv"}  # fmt: skip
+LIBRARY = Path(os.__file__).parent
+PATHS = [path.relative_to(LIBRARY) for name in sys.stdlib_module_names for path in LIBRARY.glob(f"{name}/**/*.py")]
+NAMES = [*sys.stdlib_module_names, *(".".join(path.with_suffix("").parts) for path in PATHS)]
+MODULES = sorted(name for name in NAMES if not UNWANTED.intersection(name.split(".")))
 # What runs beside the solution, in its process: the program of every job. The solution has a module of its own.
 HARNESS = r'''
 import builtins, hashlib, io, json, marshal, sys, types
@@ -147,6 +146,7 @@ SET_TASKS = {"similar_elements", "find_char_long", "common_in_nested_lists", "ex
 NOT_NONE_TASKS = {"check_str", "text_match_three", "text_starta_endb"}  # they return match objects
 EVALPLUS_ENTRY = """
 def f(text):
+    sys.stdin = None  # EvalPlus lets nobody read
     call, lines = load({source!r}, "solution")[{name!r}], []
     for args in eval(text, {{"inf": float("inf"), "nan": float("nan")}}):
         out = call(*args)

@@ -46,7 +46,7 @@ LIMIT_S = 30  # wall clock, for math-verify knows no other; short limits fail ea
 MEMORY = 4 << 30  # bytes of a child
 
 
-def normalise_math(text: str, rules: Sequence[tuple[re.Pattern, str | Callable]] = (*MISREAD, *UNREAD)) -> str:
+def normalise_math(text: str, rules: Sequence[tuple[re.Pattern, str | Callable]] = (*UNREAD, *MISREAD)) -> str:
     for pattern, replacement in rules:
         text = pattern.sub(replacement, text.strip())
     return text
@@ -59,7 +59,7 @@ def math_equal(prediction: str, gold: str, normalise: bool = True, call: str = "
 
     frame = "\\boxed{%s}" if call == "boxed" else "%s"
     texts = (prediction, gold)
-    asked = [[normalise_math(text, rules) for text in texts] for rules in (MISREAD, (*MISREAD, *UNREAD))]
+    asked = [[normalise_math(text, rules) for text in texts] for rules in (MISREAD, (*UNREAD, *MISREAD))]
     for n, (answer, wanted) in enumerate(asked if normalise else [texts]):
         if n and asked[0] == asked[1]:
             break
