@@ -216,7 +216,7 @@ RESPONSES = {
 SOLUTIONS = {
     f"from __future__ import annotations\nimport csv, sqlite3, xml.etree.ElementTree as ET\n{GOOD}": True,
     f"from pathlib import Path\nfrom concurrent.futures import ThreadPoolExecutor\nassert Path('a').name\n{GOOD}": True,
-    f"from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass P:\n    x: int\n{GOOD}": True,
+    f"from __future__ import annotations\nimport dataclasses as d\n@d.dataclass\nclass P:\n    x: int\n{GOOD}": True,
     f"import logging, asyncio, subprocess\nlogging.warning('loading %s', __name__)\n{GOOD}": True,
     f"import no_such_module\n{GOOD}": False,
     f"def eval(x): return None\ndef repr(x): return 'no'\ndef exec(x): return 0\n{GOOD}": True,
@@ -446,8 +446,8 @@ def test_small_magnitudes_compare_relatively():
             ("(1, 30e-10)", "(1, 3e-9)"), ("4^{-40}", "2^{-80}"), ("1/720", "0.00138889")]  # fmt: skip
     assert [pair for pair in same if not judge_math.math_equal(*pair)] == []
     other = [("6.2e-24", "3.1e-24"), ("3.1e-21", "3.1e-24"), ("-3.1e-24", "3.1e-24"), ("0", "3.1e-24"),
-             ("3.1e-24", "0"), ("1.5e-5", "1.45e-5"), ("x=4e-9", "x=3e-9"), ("(1, 4e-9)", "(1, 3e-9)"), ("2^{-81}", "2^{-80}"),
-             ("\\sqrt{3} \\times 10^{-20}", "\\sqrt{2} \\times 10^{-20}"), ("2e-9 \\text{ m}", "1e-9")]  # fmt: skip
+             ("3.1e-24", "0"), ("1.5e-5", "1.45e-5"), ("x=4e-9", "x=3e-9"), ("(1, 4e-9)", "(1, 3e-9)"),
+             ("2^{-81}", "2^{-80}"), ("\\sqrt{3} \\times 10^{-20}", "\\sqrt{2} \\times 10^{-20}"), ("2e-9 \\text{ m}", "1e-9")]  # fmt: skip
     assert [pair for pair in other if judge_math.math_equal(*pair)] == []
 
 
