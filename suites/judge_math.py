@@ -38,9 +38,10 @@ UNREAD: Sequence[tuple[re.Pattern, str | Callable]] = (
     (re.compile("[°∞·⁄]"), lambda match: SIGNS[match[0]]),
     (re.compile(r"(?<=\d)\s+i(?![A-Za-z])"), "i"),
     (re.compile("[¼-¾⅐-⅞]"), lambda match: r"\frac{" + normalize("NFKC", match[0]).replace("⁄", "}{") + "}"),
-    (re.compile("[²³¹⁰⁴-⁹]+"), lambda match: f"^{{{normalize('NFKC', match[0])}}}"),
+    (re.compile(r"(?<=\^)-\d+"), r"{\g<0>}"),
+    (re.compile("⁻?[²³¹⁰⁴-⁹]+"), lambda match: f"^{{{normalize('NFKC', match[0])}}}"),
     (re.compile(r"√(\d+|\w)"), r"\\sqrt{\1}"),
-    (re.compile(r"(?<=\d)\s*(?:\\?%|percent)\s*$"), ""),  # math-verify: 35 is 35 %, 33.3 is not 33.3 %
+    (re.compile(r"(?<=\d)(?:\s|\\[,;: ])*(?:\\?%|percent)\s*$"), ""),  # math-verify: 35 is 35 %, 33.3 is not 33.3 %
 )
 LIMIT_S = 30  # wall clock, for math-verify knows no other; short limits fail easy pairs on a busy machine
 MEMORY = 4 << 30  # bytes of a child
@@ -67,7 +68,7 @@ def math_equal(prediction: str, gold: str, normalise: bool = True, call: str = "
         got = parse(frame % answer, parsing_timeout=LIMIT_S)
         sets = normalise and re.search(r"\\infty|\\cup|\\setminus", wanted) is not None  # x > 3 is (3, \infty)
         if verify(want, got, timeout_seconds=LIMIT_S, allow_set_relation_comp=sets):
-            places = decimals([*want, *got]) if normalise else 6
+            places = decimals([*want, *got]) if normalise and answer != wanted else 6
             precise = {"float_rounding": places, "numeric_precision": places + 6, "timeout_seconds": LIMIT_S}
             return places == 6 or verify(want, got, allow_set_relation_comp=sets, **precise)
     return False

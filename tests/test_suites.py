@@ -315,6 +315,8 @@ def test_lcb_stdin(sandbox):
         "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split()[1:])))": 1.0,
         "d = open(0).read().split()\nprint(sum(int(i) for i in d[1:]), end='')": 1.0,
         "def main():\n    input()\n    print(reduce(add, map(int, input().split())))\nmain()": 1.0,
+        "from __future__ import annotations\nimport csv\nprint(sum(map(int, open(0).read().split()[1:])))": 1.0,
+        "io = exec = None\nif __name__ == '__main__':\n    input()\n    print(eval('+'.join(input().split())))": 1.0,
         "print(6)": 0.0,
         "print('6 ')\nprint()\n1 / 0": 0.0,
         "input()\nprint('six')": 0.0,
@@ -328,8 +330,16 @@ def test_lcb_functional_and_private_tests(sandbox):
     packed = base64.b64encode(zlib.compress(pickle.dumps(hidden))).decode()
     row = problem([("[1, 2]\n3", "[1, 2, 3]")], "class Solution:", "push", packed)
     right = "class Solution:\n    def push(self, xs: List[int], x: int):\n        return tuple(xs + [x])"
+    own_names = (
+        f"from __future__ import annotations\ntype = json = args = call = 3\n{right}\nif __name__ == '__main__': 1 / 0"
+    )
     public_only = "def push(xs, x):\n    return [1, 2, 3]"
-    assert SUITES["lcb"].score([(row, right), (row, public_only), (row, None)], sandbox) == [1.0, 0.0, 0.0]
+    assert SUITES["lcb"].score([(row, code) for code in (right, own_names, public_only, None)], sandbox) == [
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_unpickler_refuses_globals():
@@ -442,12 +452,14 @@ def test_math_equal_cases():
 
 def test_small_magnitudes_compare_relatively():
     pytest.importorskip("math_verify", reason="math-verify is not installed: pip install -r requirements-eval.txt")
-    same = [("31e-25", "3.1e-24"), ("3.1 \\cdot 10^{-24}", "3.1e-24"), ("0.0000145", "1.45e-5"), ("x=30e-10", "3e-9"),
+    same = [("31e-25", "3.1e-24"), ("3.1 \\cdot 10^{-24}", "3.1e-24"), ("3.1*10^-24", "3.1e-24"),
+            ("3.1×10⁻²⁴", "3.1e-24"), ("0.0000145", "1.45e-5"), ("x=30e-10", "3e-9"),
             ("(1, 30e-10)", "(1, 3e-9)"), ("4^{-40}", "2^{-80}"), ("1/720", "0.00138889")]  # fmt: skip
     assert [pair for pair in same if not judge_math.math_equal(*pair)] == []
     other = [("6.2e-24", "3.1e-24"), ("3.1e-21", "3.1e-24"), ("-3.1e-24", "3.1e-24"), ("0", "3.1e-24"),
              ("3.1e-24", "0"), ("1.5e-5", "1.45e-5"), ("x=4e-9", "x=3e-9"), ("(1, 4e-9)", "(1, 3e-9)"),
-             ("2^{-81}", "2^{-80}"), ("\\sqrt{3} \\times 10^{-20}", "\\sqrt{2} \\times 10^{-20}"), ("2e-9 \\text{ m}", "1e-9")]  # fmt: skip
+             ("2^{-81}", "2^{-80}"),
+             ("\\sqrt{3} \\times 10^{-20}", "\\sqrt{2} \\times 10^{-20}"), ("2e-9 \\text{ m}", "1e-9")]  # fmt: skip
     assert [pair for pair in other if judge_math.math_equal(*pair)] == []
 
 
