@@ -20,7 +20,8 @@ import hashlib
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,7 +30,7 @@ from policy.dialogue import split_response
 from prompts import KINDS, Kind, load_kinds
 from suites.compare import compare, mean, pass_at_k, standard_error, summary
 from suites.judge_math import require_math_verify
-from suites.table import GROUPS, SUITES, EvalPlus, Item, Suite, expand, load_items
+from suites.table import GROUPS, SUITES, EvalPlus, Item, Suite, expand, load_items, unpack
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation, resumable
@@ -126,8 +127,10 @@ def run_suites(
     seed: int = 0,
     model: str | None = None,
     progress: bool = False,
+    keep: Callable[[dict], None] = lambda records: None,
 ) -> dict[str, dict]:
-    """Generate and score suites; returns a record per spec as it was given (see `make_record`).
+    """Generate and score suites; returns a record per spec as it was given (see `make_record`), and gives all so far to
+    `keep` after each, so that nothing that was scored is lost.
 
     `engine` None scores the responses that `out_dir` already has. `executor` is the judge of the reasoning suites (one
     is made where None); benchmark code always runs in an executor of its own limits. `kinds` are the task types of
@@ -144,7 +147,7 @@ def run_suites(
             if not (path and path.is_file()):
                 raise ValueError(f"There are no responses of {name} at {path}: generate them first, or check --out.")
             header, done = read_responses(path, header)
-            items = [item for item in items if len(done.get(item.id, ())) == header["samples"]]
+            items = [item for item in items if len(done.get(item.id, ())) >= header["samples"]]
             if not items:
                 raise ValueError(f"{path} has no response to any item of {name}: generate first.")
         else:
@@ -164,6 +167,7 @@ def run_suites(
             with Path(out_dir, f"{name}.samples.jsonl").open("w", encoding="utf-8") as file:
                 for (item, _), answer in zip(rows, answers, strict=True):
                     file.write(json.dumps({"task_id": item.id, "solution": answer or ""}) + "\n")
+        keep(records)
     return records
 
 
@@ -173,22 +177,29 @@ def score_samples(name: str, path: Path, data_dir: Path, files: Mapping[str, Pat
     out of the average, and their number is printed and recorded."""
     suite, items, about = load_items(name, data_dir, files, kinds)
     known, rows, answers = {item.id: item for item in items}, [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(unpack(path).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             sample = dict(json.loads(line))
-            item, text = known[sample["task_id"]], sample.get("completion") or ""
+            item, whole = known[str(sample["task_id"])], sample.get("solution") is not None
+            text = sample["solution" if whole else "completion"]
+            if not isinstance(text, str):
+                raise TypeError("a list" if isinstance(text, list) else type(text).__name__)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a sample of a task of {name} ({error!r}).") from None
-        answers.append(sample["solution"] if "solution" in sample else suite.completion(item, text))
+            need = f"a task_id of {name}, and one text as solution or completion"
+            raise ValueError(f"{path}, line {number}: each line needs {need} ({error!r}).") from None
+        answers.append(text if whole else suite.completion(item, text))
         rows.append((item, {"response": text, "truncated": False, "tokens": 0}))
     if not rows:
         raise ValueError(f"{path} has no sample of {name}.")
     counts = Counter(item.id for item, _ in rows)
+    fewest, most = min(counts.values()), max(counts.values())
     if missing := len(items) - len(counts):
         print(f"note: {path} has {len(counts)} of the {len(items)} tasks of {name}; the other {missing} do not count")
-    header = {"samples": max(counts.values()), "template": f"samples of {path.name}", "missing": missing}
+    if fewest < most:
+        print(f"note: {path} has {fewest} to {most} samples of a task: each task counts alike, pass@k ends at {fewest}")
+    header = {"samples": fewest, "template": f"samples of {path.name}", "missing": missing}
     return make_record(suite, name, rows, answers, header | about, None, True)
 
 
@@ -218,7 +229,7 @@ def make_record(suite: Suite, name: str, rows, answers, header: dict, executor, 
         "tokens": mean(row["tokens"] for _, row in rows),
         **{key: value for key, value in header.items() if key != "prompts"},
     }
-    ks = [k for k in (2, 4, 8, 16, 32, 64) if k <= header["samples"]]
+    ks = [k for k in (2, 4, 8, 16, 32, 64) if k <= min(map(len, by_item.values()))]
     record["pass_at"] = {str(k): mean(pass_at_k(len(v), int(sum(v)), k) for v in by_item.values()) for k in ks}
     if suite.group == "reasoning":
         parts = [split_response(row["response"]) for _, row in rows]
@@ -356,6 +367,13 @@ def read_results(path: Path) -> dict[str, dict]:
         raise ValueError(f"{path} is no results.json of an evaluation ({error!r}): move or restore it.") from None
 
 
+def write_results(path: Path, records: dict[str, dict]) -> None:
+    """Put records among those that are there; another evaluation may have written meanwhile."""
+    kept = read_results(path) if path.is_file() else {}
+    path.with_suffix(".tmp").write_text(json.dumps(kept | records, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".tmp").replace(path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_arguments(argv)
@@ -364,9 +382,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if target.is_file():
             read_results(target)
         args.out.mkdir(parents=True, exist_ok=True)
+        keep = partial(write_results, target)
         if args.samples_file:
             [(_, name, _)] = expand(args.specs)
             records = {name: score_samples(name, args.samples_file, args.data, args.files, args.kinds)}
+            keep(records)
         else:
             check_data(args.specs, args.data, args.files, args.kinds)
             engine, tokenizer = (None, None) if args.score_only else open_engine(args)
@@ -374,10 +394,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.specs, engine, tokenizer, data_dir=args.data, kinds=args.kinds, out_dir=args.out, files=args.files,
                 limit=args.limit, template=args.template, samples=args.samples, temperature=args.temperature,
                 top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed, model=args.model, progress=True,
+                keep=keep,
             )  # fmt: skip
-        kept = read_results(target) if target.is_file() else {}  # again: another evaluation may have written meanwhile
-        target.with_suffix(".tmp").write_text(json.dumps(kept | records, indent=1) + "\n", encoding="utf-8")
-        target.with_suffix(".tmp").replace(target)
         print("\n".join(summary(records)))
         if before:
             print("\n".join(compare(before, records)))

@@ -240,7 +240,8 @@ class Server:
         self.layers = Layers(config["isolation"])
         os.register_at_fork, real = (lambda **hooks: None), os.register_at_fork  # `random` would re-seed in every child
         for name in [*config["modules"], "_strptime"]:
-            __import__(name)
+            with suppress(ImportError):  # a part of the standard library that this Python was built without
+                __import__(name)
         os.register_at_fork = real
         names = "ascii latin-1 utf-16 utf-16-le utf-16-be utf-32 utf-8-sig cp1252 unicode_escape rot13 hex base64"
         for name in words(names):

@@ -18,9 +18,11 @@ import io
 import json
 import os
 import pickle
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 
 import numpy as np
 
@@ -31,49 +33,56 @@ Progress = Callable[[int], None] | None
 # ---------------------------------------------------------------------------------------------------------------------
 # Code in the executor: what runs beside the solution, in its process
 
-# The solution is judged by what it returns, so nothing but these modules' absence could turn a pass into a fail.
-MODULES = """
-abc array ast base64 bisect builtins calendar cmath collections contextlib copy dataclasses datetime decimal enum
-fractions functools hashlib heapq inspect io itertools json keyword locale marshal math numbers operator os pprint
-queue random re secrets statistics string struct sys textwrap threading time timeit traceback types typing unicodedata
-unittest uuid warnings zlib
-""".split()  # noqa: SIM905
-ENTRY = "_azr_call"  # a name no solution uses
-CLAIM = r'''
-pass
-def _azr_plain(x):
+# What a solution may import has to be there before the sandbox closes: the whole standard library, but what opens a
+# window or a browser, tests and installers.
+UNWANTED = {"__init__", "__main__", "antigravity", "ensurepip", "idlelib", "lib2to3", "test", "tests", "tkinter",
+            "turtle", "turtledemo", "venv"}  # fmt: skip
+LIBRARY = Path(os.__file__).parent
+PATHS = [path.relative_to(LIBRARY) for name in sys.stdlib_module_names for path in LIBRARY.glob(f"{name}/**/*.py")]
+NAMES = [*sys.stdlib_module_names, *(".".join(path.with_suffix("").parts) for path in PATHS)]
+MODULES = sorted(name for name in NAMES if not UNWANTED.intersection(name.split(".")))
+# What runs beside the solution, in its process: the program of every job. The solution has a module of its own.
+HARNESS = r'''
+import builtins, hashlib, io, json, marshal, sys, types
+
+def load(source, name, prelude=""):
+    """The globals of a solution after it ran as module `name`; with another name than __main__ no such block runs."""
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(prelude, vars(module))
+    exec(compile(source, "<solution>", "exec", dont_inherit=True), vars(module))
+    return vars(module)
+
+def plain(x):
     """A value of another class as the builtin one that it equals; what has none stays."""
     for kind in (dict, list, tuple, set, frozenset):
         if isinstance(x, kind):
-            return kind(map(_azr_plain, dict.items(x) if kind is dict else kind.__iter__(x)))
+            return kind(map(plain, dict.items(x) if kind is dict else kind.__iter__(x)))
     for kind in (int, float, complex):
         if hasattr(type(x), "__float__") and kind(x) == x:
             return kind(x)
     return str.__str__(x) if isinstance(x, str) else x
 
-def _azr_leaf(x):
+def leaf(x):
     """Bytes that are equal for 1, 1.0 and True, as == is."""
-    import marshal
     whole = type(x) is bool or type(x) is float and x.is_integer()
     return marshal.dumps(int(x) if whole else x, 2)
 
-def _azr_claim(x):
+def claim(x):
     """One line of text for a value: its repr, or for a large one `#` and a digest. `=`: was of another class."""
-    import hashlib, marshal
     mark, sized = "", (list, tuple, str, set, frozenset, dict)
     large = type(x) in sized and len(x) > 400 or type(x) is int and x.bit_length() > 13000
     if not large:
         try:
             size = len(marshal.dumps(x, 2))  # refuses, in C and at any depth, what is not a builtin value
         except ValueError:
-            mark, x = "=", _azr_plain(x)
+            mark, x = "=", plain(x)
             size = len(marshal.dumps(x, 2))
         if size <= 65536:
             return mark + repr(x)
     if type(x) in (set, frozenset, dict):
-        parts = sorted(map(_azr_leaf, x.items() if type(x) is dict else x))
+        parts = sorted(map(leaf, x.items() if type(x) is dict else x))
     else:
-        parts = map(_azr_leaf, x) if type(x) in (list, tuple) else [_azr_leaf(x)]
+        parts = map(leaf, x) if type(x) in (list, tuple) else [leaf(x)]
     digest = hashlib.sha256(type(x).__name__.encode())
     for part in parts:
         digest.update(part)
@@ -89,7 +98,6 @@ def code_executor(lanes: int | None = None) -> Executor:
         gate=False,
         full_builtins=True,
         modules=MODULES,
-        entry=ENTRY,
         memory_mb=3277,  # a quarter more in `run`: EvalPlus's 4 GB
         max_source_chars=1_000_000,
         max_literal_chars=50_000_000,
@@ -100,7 +108,7 @@ def code_executor(lanes: int | None = None) -> Executor:
 def run_claims(
     executor: Executor, jobs: Sequence[tuple[str, str]], limits: Sequence[float], progress: Progress = None
 ) -> list[tuple[str | None, Result]]:
-    """Run (program, text) pairs, one call of ENTRY with the text each. Returns (claimed text or None, Result) pairs."""
+    """Run (program, text) pairs, one call of `f` with the text each. Returns (claimed text or None, Result) pairs."""
     results = executor.run([(program, [repr(text)]) for program, text in jobs], progress, limits)
     return [(ast.literal_eval(r.output) if r.ok else None, r) for [r] in results]
 
@@ -137,12 +145,13 @@ SET_TASKS = {"similar_elements", "find_char_long", "common_in_nested_lists", "ex
              "intersection_array", "find_dissimilar", "Diff"}  # fmt: skip
 NOT_NONE_TASKS = {"check_str", "text_match_three", "text_starta_endb"}  # they return match objects
 EVALPLUS_ENTRY = """
-def {entry}(text):
-    lines = []
+def f(text):
+    sys.stdin = None  # EvalPlus lets nobody read
+    call, lines = load({source!r}, "solution")[{name!r}], []
     for args in eval(text, {{"inf": float("inf"), "nan": float("nan")}}):
-        out = {name}(*args)
+        out = call(*args)
         try:
-            lines.append(_azr_claim({value}))
+            lines.append(claim({value}))
         except (TypeError, ValueError, ArithmeticError, RecursionError):
             lines.append("")
     return "\\n".join(lines)
@@ -156,7 +165,7 @@ def test_inputs(row: dict, group: str) -> list[Sequence]:
 
 
 def evalplus_job(row: dict, code: str, inputs: list[Sequence]) -> tuple[str, str]:
-    """`code` with an entry that calls it on every argument list of a text and claims one line per call; and the text.
+    """A program that calls the entry of `code` on every argument list of a text, one line claimed per call; the text.
 
     All calls share one process, as in EvalPlus: a solution that keeps state between calls is judged so.
     """
@@ -165,7 +174,7 @@ def evalplus_job(row: dict, code: str, inputs: list[Sequence]) -> tuple[str, str
         value = "list(out)"
     elif row["task_id"].startswith("Mbpp/") and name in NOT_NONE_TASKS:
         value = "out if type(out) is bool else out is not None"
-    return f"{code}\n{CLAIM}\n{EVALPLUS_ENTRY.format(entry=ENTRY, name=name, value=value)}", repr(inputs)
+    return HARNESS + EVALPLUS_ENTRY.format(source=code, name=name, value=value), repr(inputs)
 
 
 def judge_evalplus(
@@ -275,24 +284,21 @@ LCB_IMPORTS += "operator, io, json, typing, sys"
 LCB_PRELUDE = "".join(f"from {name} import *\n" for name in LCB_IMPORTS.split(", "))
 LCB_PRELUDE += f"from builtins import *\nimport {LCB_IMPORTS}\nsys.setrecursionlimit(50000)\n"
 RUN_STDIN = """
-def {entry}(text):
-    import builtins, io, sys
+def f(text):
     sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
     sys.stdout = out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", newline="\\n")
     builtins.exit = builtins.quit = sys.exit
     builtins.open = lambda file, *rest, **more: sys.stdin
     try:
-        exec(compile({source!r}, "<solution>", "exec"), {{"__name__": "__main__"}})
+        load({source!r}, "__main__", {prelude!r})
     except SystemExit:
         pass
     out.flush()
     return out.buffer.getvalue().decode("utf-8", "replace")
 """
 RUN_FUNCTION = """
-def {entry}(text):
-    import json
-    space = {{"__name__": "solution"}}
-    exec(compile({source!r}, "<solution>", "exec"), space)
+def f(text):
+    space = load({source!r}, "solution", {prelude!r})
     args = [json.loads(line) for line in text.split("\\n") if line.strip()]
     owner = space["Solution"]() if "Solution" in space else None
     call = getattr(owner, {name!r}) if owner is not None else space[{name!r}]
@@ -301,11 +307,10 @@ def {entry}(text):
 
 
 def lcb_program(row: dict, code: str, test: dict) -> str:
-    """The program whose ENTRY runs `code` on the text of one test."""
-    if test["testtype"] == "stdin":
-        return RUN_STDIN.format(entry=ENTRY, source=LCB_PRELUDE + code)
+    """The program whose `f` runs `code` on the text of one test."""
     name = json.loads(row.get("metadata") or "{}").get("func_name", "")
-    return RUN_FUNCTION.format(entry=ENTRY, source=LCB_PRELUDE + code, name=name)
+    run = RUN_STDIN if test["testtype"] == "stdin" else RUN_FUNCTION
+    return HARNESS + run.format(source=code, prelude=LCB_PRELUDE, name=name)
 
 
 def judge_lcb(executor: Executor, pairs: Sequence[tuple[dict, str]], progress: Progress = None) -> list[bool]:

@@ -1,11 +1,13 @@
 """The judge of mathematics: math-verify's verdict on rewritten texts, in child processes.
 
-What it does: rewrites gold and answer alike (`3e8`, degree signs, thousands) and asks math-verify. The children are
-this file run as a program, so that they start without the engines.
-What it leaves out: rules that could turn a right verdict into a wrong one: none drops letters or digits.
+What it does: rewrites gold and answer alike and asks math-verify. What math-verify reads as something else (`3e8` as
+8 times 3e, `2 1/3` as 1) is always rewritten. Where more can be (a full stop, degrees, a percent sign) it is asked a
+second time, so that these rules can only find an answer right. Small numbers compare relatively. The children are this
+file run as a program, so that they start without the engines.
+What it leaves out: rules that drop letters or digits; what docs/evaluation.md lists.
 Source: math-verify 0.9.0.
 
-    judge_math([("3e8", "3 \\\\times 10^{8}")])               # -> [True]; pairs are (gold, answer)
+    judge_math([("3e8", "3 \\times 10^{8}")])               # -> [True]; pairs are (gold, answer)
 """
 
 import importlib.util
@@ -20,39 +22,72 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
+from unicodedata import normalize
 
-NUMBER_E = re.compile(r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?![\w.])")
-RULES: tuple[tuple[re.Pattern, str], ...] = (
+SPACES = "\u00a0\u2009\u202f"  # no-break and thin
+MISREAD: Sequence[tuple[re.Pattern, str | Callable]] = (
+    (re.compile(rf"(?<!\\)\\!|(?<=\d)(?:\\,|\{{,\}}|[{SPACES}])(?=\d{{3}})"), ""),  # negative space; thousands
+    (re.compile(rf"(?<!\\)\\[,;: ]|[{SPACES}]"), " "),
+    (re.compile(r"(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)"), lambda match: match[0].replace(" ", "")),
+    (re.compile(r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?![\w.])"), r"\1 \\times 10^{\2}"),
+    (re.compile(r"(?<![\w.\\/^}])(\d+)\s+(\d+)/(\d+)(?![\w.])"), r"\1\\frac{\2}{\3}"),
+)
+SIGNS = {"°": r"^\circ", "∞": r"\infty ", "·": r"\cdot ", "⁄": "/"}
+UNREAD: Sequence[tuple[re.Pattern, str | Callable]] = (
     (re.compile(r"(?<!\.)\.\s*$"), ""),
-    (re.compile(r"\\!|(?<=\d)(?:\\,|\{,\})(?=\d{3})"), ""),  # negative space; thousands
-    (re.compile(r"\\[,;:]"), " "),
-    (re.compile("°"), r"^\\circ"),
-    (NUMBER_E, r"\1 \\times 10^{\2}"),  # math-verify reads 3e8 as 3*E*8
+    (re.compile("[°∞·⁄]"), lambda match: SIGNS[match[0]]),
     (re.compile(r"(?<=\d)\s+i(?![A-Za-z])"), "i"),
+    (re.compile("[¼-¾⅐-⅞]"), lambda match: r"\frac{" + normalize("NFKC", match[0]).replace("⁄", "}{") + "}"),
+    (re.compile(r"(?<=\^)-\d+"), r"{\g<0>}"),
+    (re.compile("⁻?[²³¹⁰⁴-⁹]+"), lambda match: f"^{{{normalize('NFKC', match[0])}}}"),
+    (re.compile(r"√(\d+|\w)"), r"\\sqrt{\1}"),
+    (re.compile(r"(?<=\d)(?:\s|\\[,;: ])*(?:\\?%|percent)\s*$"), ""),  # math-verify: 35 is 35 %, 33.3 is not 33.3 %
 )
 LIMIT_S = 30  # wall clock, for math-verify knows no other; short limits fail easy pairs on a busy machine
 MEMORY = 4 << 30  # bytes of a child
 
 
-def normalise_math(text: str) -> str:
-    for pattern, replacement in RULES:
+def normalise_math(text: str, rules: Sequence[tuple[re.Pattern, str | Callable]] = (*UNREAD, *MISREAD)) -> str:
+    for pattern, replacement in rules:
         text = pattern.sub(replacement, text.strip())
     return text
 
 
 def math_equal(prediction: str, gold: str, normalise: bool = True, call: str = "boxed") -> bool:
-    """math-verify's verdict. `call`: "boxed" wraps the prediction in a box, "text" lets math-verify search it.
-
-    Main thread only (math-verify sets an alarm).
-    """
+    """Whether math-verify finds the texts equal; `normalise`: rewritten, and small numbers also to six digits. `call`:
+    "boxed" wraps the prediction in a box, "text" lets math-verify search it. Main thread only (it sets an alarm)."""
     from math_verify import parse, verify
 
-    if normalise:
-        prediction, gold = normalise_math(prediction), normalise_math(gold)
-    boxed = f"\\boxed{{{prediction}}}" if call == "boxed" else prediction
-    want = parse(f"\\boxed{{{gold}}}", parsing_timeout=LIMIT_S)
-    got = parse(boxed, parsing_timeout=LIMIT_S)
-    return bool(verify(want, got, timeout_seconds=LIMIT_S))
+    frame = "\\boxed{%s}" if call == "boxed" else "%s"
+    texts = (prediction, gold)
+    asked = [[normalise_math(text, rules) for text in texts] for rules in (MISREAD, (*UNREAD, *MISREAD))]
+    for n, (answer, wanted) in enumerate(asked if normalise else [texts]):
+        if n and asked[0] == asked[1]:
+            break
+        want = parse(f"\\boxed{{{wanted}}}", parsing_timeout=LIMIT_S)
+        got = parse(frame % answer, parsing_timeout=LIMIT_S)
+        sets = normalise and re.search(r"\\infty|\\cup|\\setminus", wanted) is not None  # x > 3 is (3, \infty)
+        if verify(want, got, timeout_seconds=LIMIT_S, allow_set_relation_comp=sets):
+            places = decimals([*want, *got]) if normalise and answer != wanted else 6
+            precise = {"float_rounding": places, "numeric_precision": places + 6, "timeout_seconds": LIMIT_S}
+            return places == 6 or verify(want, got, allow_set_relation_comp=sets, **precise)
+    return False
+
+
+def decimals(expressions: Sequence) -> int:
+    """Decimals to compare parsed expressions by: math-verify's 6, or, where they hold a number below 0.001, those that
+    show six digits of the smallest."""
+    from sympy import log, preorder_traversal
+
+    least = 0.0  # log10
+    for expression in expressions:
+        walk = preorder_traversal(expression)
+        for node in walk:
+            if getattr(node, "is_comparable", False):
+                walk.skip()
+                size = abs(node.evalf(5))
+                least = min(least, float(log(size, 10).evalf(5))) if size > 0 else least
+    return 6 - int(least) if least < -3 else 6
 
 
 def require_math_verify() -> None:

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from buffers import Task, load_tasks
@@ -94,6 +95,7 @@ class EvalPlus(Suite):
     REPLY += "tests:\n```python\n"
 
     def item(self, row: dict, index: int) -> Item:
+        itemgetter("entry_point", "canonical_solution", "base_input", "plus_input", "atol")(row)  # what scoring needs
         return Item(row["task_id"], row["prompt"].strip() + "\n", row)
 
     def prompt(self, text: str, tokenizer, template: str) -> str:
@@ -106,7 +108,7 @@ class EvalPlus(Suite):
         return tokenizer.apply_chat_template(turns, tokenize=False).split(cut)[0]
 
     def extract(self, item: Item, response: str) -> str | None:
-        return sanitize(response)
+        return sanitize(response, item.gold["entry_point"])
 
     def completion(self, item: Item, text: str) -> str | None:
         return item.gold["prompt"] + text
@@ -121,6 +123,7 @@ class LiveCodeBench(Suite):
     group, make_executor = "code", staticmethod(code_executor)
 
     def item(self, row: dict, index: int) -> Item:
+        json.loads(row["public_test_cases"])
         rest = "The program reads its input from standard input and prints its result to standard output."
         if code := row["starter_code"]:
             rest = f"Complete this code; it is called with the arguments of the tests.\n```python\n{code}\n```"
@@ -253,6 +256,14 @@ def expand(specs: Sequence[str]) -> list[tuple[str, str, int | None]]:
 # Data
 
 
+def unpack(path: Path) -> bytes:
+    """What a file holds, also where it ends in .gz. Raises ValueError where it is damaged."""
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}).") from None
+
+
 def load_items(
     name: str, data_dir: Path, files: Mapping[str, Path], kinds: Mapping[str, Kind] = KINDS
 ) -> tuple[Suite, list[Item], dict]:
@@ -276,9 +287,9 @@ def load_items(
     data, rows = b"", []
     for path in paths:
         try:
-            text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            text = unpack(path)
             rows += [json.loads(line) for line in text.split(b"\n") if line.strip()]
-        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): get the data of {name} again.") from None
         data += text
     if not paths:

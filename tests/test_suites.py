@@ -4,6 +4,7 @@ The stored samples, verdicts and benchmark data are not in this repository; test
 `../shared/bench` (or $AZR_BENCH) is absent. The slow complete comparison is `benchmarks/parity.py`.
 """
 
+import ast
 import base64
 import gzip
 import itertools
@@ -11,8 +12,11 @@ import json
 import math
 import os
 import pickle
+import random
+import re
 import shutil
 import zlib
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -186,6 +190,102 @@ def test_slow_but_honest_solution_has_the_limit_per_sixth(sandbox, monkeypatch):
     assert score(slow, row=row, sandbox=sandbox) == [1.0]
 
 
+# Responses and the verdicts that EvalPlus 0.3.1 gave their `sanitize`d code (`untrusted_check`); GOOD is `total`.
+RESPONSES = {
+    f"```python\n```python\n{GOOD}```\n": True,
+    f"Here's my solution, it is simple:\n\n{GOOD}\nThis can't fail.": True,
+    f"```python\nx = 1\n```\nand then\n```python\n{GOOD}```": True,
+    f"def broken(:\n    pass\n{GOOD}": True,
+    f"1. First sum (easily\n2. Then return\n\n{GOOD}": True,
+    f"{GOOD}\nassert total([1]) == 2\nn = int(input())\nif __name__ == '__main__':\n    assert False\n": True,
+    f"{GOOD}\ndef other(x):\n    return (x +": True,
+    f"{GOOD}\n{GOOD.replace('sum(xs)', '0')}": True,  # the first of a name counts
+    f"{GOOD.replace('sum(xs)', '0')}\n{GOOD}": False,
+    f"TAB = 'a\tb'\nassert TAB == 1\n{GOOD.replace('sum(xs)', 'sum(xs) + len(TAB) - 3')}": True,
+    f"I wrote\n{GOOD.replace(chr(10) + '    ', ' ').strip()}\nand it's good": False,  # a range has two lines
+    f"\r\n{GOOD}".replace("\n", "\r\n"): True,
+    f"from __future__ import annotations\nimport math\nN: int = 0\n{GOOD.replace('sum(xs)', 'sum(xs) + N')}": True,
+    f"def show(x):\n    print(x)\n{GOOD.replace('return', 'show(xs); return')}": False,  # it drops what returns nothing
+    "def total(xs): return sum(xs)": True,
+    "I cannot do that": False,
+    "": False,
+}
+
+
+# Whole solutions, and EvalPlus's verdicts on them.
+SOLUTIONS = {
+    f"from __future__ import annotations\nimport csv, sqlite3, xml.etree.ElementTree as ET\n{GOOD}": True,
+    f"from pathlib import Path\nfrom concurrent.futures import ThreadPoolExecutor\nassert Path('a').name\n{GOOD}": True,
+    f"from __future__ import annotations\nimport dataclasses as d\n@d.dataclass\nclass P:\n    x: int\n{GOOD}": True,
+    f"import logging, asyncio, subprocess\nlogging.warning('loading %s', __name__)\n{GOOD}": True,
+    f"import no_such_module\n{GOOD}": False,
+    f"def eval(x): return None\ndef repr(x): return 'no'\ndef exec(x): return 0\n{GOOD}": True,
+    f"type = 'kind'\nlist = dict = isinstance = None\nhashlib = marshal = sys = json = len = 5\n{GOOD}": True,
+    f"def f(text): return 'mine'\ndef claim(x): return 1\nlines = load = plain = call = leaf = 3\n{GOOD}": True,
+    f"class ValueError(Exception): pass\nclass TypeError(Exception): pass\n{GOOD}": True,
+    f"{GOOD}\nif __name__ == '__main__':\n    assert False\n": True,
+    f"{GOOD}\ndef main():\n    raise SystemExit(1)\nif '__main__' in (__name__,):\n    main()\n": True,
+    f"{GOOD}\nimport sys\nsys.exit(0)\n": False,
+    f"{GOOD}\nassert False\n": False,
+    f"{GOOD}\nimport sys\nsys.stdin.read()\n": False,
+    f"{GOOD}\nprint('x' * 1000)\n": True,
+    f"Sure:\n{GOOD}": False,
+    f"{GOOD}\nS = '\ud800'\n": False,
+    "": False,
+}
+
+
+def test_forms_get_the_verdict_of_evalplus(sandbox):
+    responses = [extract.sanitize(text, "total") for text in RESPONSES]
+    found = score(*responses, *SOLUTIONS, plus=False, sandbox=sandbox)
+    wanted = [*RESPONSES.items(), *SOLUTIONS.items()]
+    assert [form for form, verdict in zip(wanted, found, strict=True) if form[1] != verdict] == []
+
+
+def test_the_longest_program_is_that_of_evalplus():
+    """Against EvalPlus's own loop over all ranges of lines, on solutions with lines put in, taken out and shifted."""
+
+    def brute(lines):
+        best, most = lines[:1], 0
+        for i, j in itertools.combinations(range(len(lines)), 2):
+            part = lines[i : j + 1]
+            with suppress(SyntaxError):
+                ast.parse("\n".join(part))
+                if (filled := sum(map(bool, map(str.strip, part)))) > most:
+                    best, most = part, filled
+        return "\n".join(best).strip()
+
+    rng = random.Random(0)
+    junk = [
+        "```python",
+        "It's so",
+        "x = (1,",
+        "s = '''",
+        '"""',
+        "    indented",
+        "1. First",
+        "x = f'{a b}'",
+        "try:",
+        ")",
+        "a\\",
+    ]
+    for _ in range(300):
+        lines = f"import os\nclass A:\n    x = (1,\n      2)\n\n{GOOD}\n\nif A:\n    y = '''a\n  b'''\nprint(1)".split(
+            "\n"
+        )
+        for _ in range(rng.randrange(4)):
+            k = rng.randrange(len(lines))
+            lines[k : k + rng.randrange(2)] = [rng.choice([*junk, " " + lines[k], lines[k].strip()])]
+        assert extract.longest_program("\n".join(lines)).strip() == brute(lines), lines
+
+
+def test_tabs_are_spaces_where_that_parses_and_never_in_a_string():
+    tabs = "def f(x):\n\treturn 'a\tb'"
+    assert extract.sanitize(tabs, "f") == tabs
+    mixed = "def f(x):\n    y = 1\n\treturn 'a\tb'"
+    assert extract.sanitize(mixed, "f") == "def f(x):\n    y = 1\n    return 'a\tb'"
+
+
 def test_sanitize_keeps_the_solution_only():
     code = "import os\nA = 1\n\n@wraps\ndef f(x):\n    return x\n\nassert f(1) == 2\nprint(f(1))\nThat is all"
     assert extract.sanitize(code) == "import os\nA = 1\n@wraps\ndef f(x):\n    return x"
@@ -215,6 +315,8 @@ def test_lcb_stdin(sandbox):
         "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split()[1:])))": 1.0,
         "d = open(0).read().split()\nprint(sum(int(i) for i in d[1:]), end='')": 1.0,
         "def main():\n    input()\n    print(reduce(add, map(int, input().split())))\nmain()": 1.0,
+        "from __future__ import annotations\nimport csv\nprint(sum(map(int, open(0).read().split()[1:])))": 1.0,
+        "io = exec = None\nif __name__ == '__main__':\n    input()\n    print(eval('+'.join(input().split())))": 1.0,
         "print(6)": 0.0,
         "print('6 ')\nprint()\n1 / 0": 0.0,
         "input()\nprint('six')": 0.0,
@@ -228,8 +330,16 @@ def test_lcb_functional_and_private_tests(sandbox):
     packed = base64.b64encode(zlib.compress(pickle.dumps(hidden))).decode()
     row = problem([("[1, 2]\n3", "[1, 2, 3]")], "class Solution:", "push", packed)
     right = "class Solution:\n    def push(self, xs: List[int], x: int):\n        return tuple(xs + [x])"
+    own_names = (
+        f"from __future__ import annotations\ntype = json = args = call = 3\n{right}\nif __name__ == '__main__': 1 / 0"
+    )
     public_only = "def push(xs, x):\n    return [1, 2, 3]"
-    assert SUITES["lcb"].score([(row, right), (row, public_only), (row, None)], sandbox) == [1.0, 0.0, 0.0]
+    assert SUITES["lcb"].score([(row, code) for code in (right, own_names, public_only, None)], sandbox) == [
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_unpickler_refuses_globals():
@@ -317,6 +427,7 @@ def test_math_pairs():
         ours = judge_math.math_equal(*texts, call=row["call"]) if changed else raw
         assert raw == row["expected"], row
         assert ours == raw or ours == row["intended"], row
+        assert ours or not raw, row
         improved += ours != raw
     assert len(rows) >= 150 and improved >= 10
 
@@ -326,10 +437,30 @@ def test_math_equal_cases():
     big = ["3e8", "3e8.", "3 \\times 10^{8}", "3E8", "3.0e+8", "300000000", "30 \\times 10^7"]
     assert all(judge_math.math_equal(a, b) for a, b in itertools.product(big, big))
     different = [("3e9", "3e8"), ("1e-3", "1e3"), ("12 and 13", "1213"), ("t+1", "a+1"), ("27.5", "275"), ("1.", "11"),
-                 ("2i", "2"), ("3e8", "38"), ("x", "y"), ("2\\,013", "213")]  # fmt: skip
-    assert not any(judge_math.math_equal(a, b) or judge_math.math_equal(b, a) for a, b in different)
-    assert judge_math.math_equal("448.", "448") and judge_math.math_equal("2\\,013", "2013")
-    assert judge_math.math_equal("12,\\!000", "12000") and judge_math.math_equal("1{,}234", "1234")
+                 ("2i", "2"), ("3e8", "38"), ("x", "y"), ("2\\,013", "213"), ("2 1/3", "1"), ("12 345", "357"),
+                 ("x \\ne 3", "3"), ("2½", "1"), ("33.3\\%", "3.33"), ("x > 3", "[3, \\infty)")]  # fmt: skip
+    assert [(a, b) for a, b in different if judge_math.math_equal(a, b) or judge_math.math_equal(b, a)] == []
+    same = [("448.", "448"), ("2\\,013", "2013"), ("12,\\!000", "12000"), ("1{,}234", "1234"),
+            ("2 1/3", "\\frac{7}{3}"), ("-2 1/3", "-\\frac73"), ("2½", "\\frac52"), ("½x", "\\frac{x}{2}"),
+            ("12 345", "12345"), ("1\u2009234", "1234"), ("12\\ 345.5", "12345.5"), ("33.3", "33.3\\%"),
+            ("0.333", "33.3\\%"), ("33.3 percent", "33.3"), ("35", "35\\%"),
+            ("x \\ne 3", "(-\\infty, 3) \\cup (3, \\infty)"), ("x ≠ 3", "x \\neq 3"), ("x > 3", "(3, \\infty)"),
+            ("x² + √2", "x^2+\\sqrt{2}"), ("(-∞, 3)", "(-\\infty,3)"), ("90°", "90"),
+            ("\\{1\\}$. \\cup (-\\infty, 0)", "(-\\infty, 0) \\cup\\{1\\}$.")]  # fmt: skip
+    assert [pair for pair in same if not judge_math.math_equal(*pair)] == []
+
+
+def test_small_magnitudes_compare_relatively():
+    pytest.importorskip("math_verify", reason="math-verify is not installed: pip install -r requirements-eval.txt")
+    same = [("31e-25", "3.1e-24"), ("3.1 \\cdot 10^{-24}", "3.1e-24"), ("3.1*10^-24", "3.1e-24"),
+            ("3.1×10⁻²⁴", "3.1e-24"), ("0.0000145", "1.45e-5"), ("x=30e-10", "3e-9"),
+            ("(1, 30e-10)", "(1, 3e-9)"), ("4^{-40}", "2^{-80}"), ("1/720", "0.00138889")]  # fmt: skip
+    assert [pair for pair in same if not judge_math.math_equal(*pair)] == []
+    other = [("6.2e-24", "3.1e-24"), ("3.1e-21", "3.1e-24"), ("-3.1e-24", "3.1e-24"), ("0", "3.1e-24"),
+             ("3.1e-24", "0"), ("1.5e-5", "1.45e-5"), ("x=4e-9", "x=3e-9"), ("(1, 4e-9)", "(1, 3e-9)"),
+             ("2^{-81}", "2^{-80}"),
+             ("\\sqrt{3} \\times 10^{-20}", "\\sqrt{2} \\times 10^{-20}"), ("2e-9 \\text{ m}", "1e-9")]  # fmt: skip
+    assert [pair for pair in other if judge_math.math_equal(*pair)] == []
 
 
 @needs_bench
@@ -337,8 +468,14 @@ def test_math_golds_match_themselves():
     pytest.importorskip("math_verify", reason="math-verify is not installed: pip install -r requirements-eval.txt")
     for name in suites.TABLE1["math"]:
         _, items, _ = suites.load_items(name, BENCH, {})
-        items = items[:: 1 if len(items) <= 40 else 8]
-        assert [item.id for item in items if not judge_math.math_equal(item.gold, item.gold)] == [], name
+        tiny = [item.gold for item in items if re.fullmatch(r"[\d.]+e-([4-9]|\d\d)", item.gold)]
+        forms = ("{}", "<answer>\\boxed{{{}}}</answer>", "The **final answer** is: **{}**.", "**Answer:** ${}$")
+        assert [g for g in tiny if any(judge_math.math_equal(other, g) for other in (f"-{g}", f"{g}0", f"2{g}"))] == []
+        assert len(tiny) == (20 if name == "minerva" else 0)
+        for number, item in enumerate(items[:: 1 if len(items) <= 40 else 8]):
+            text = forms[number % 4].format(item.gold)
+            answer = extract.extract_math(text) if number % 4 else text
+            assert judge_math.math_equal(answer, item.gold), (name, text)
 
 
 def test_math_child_survives_a_hanging_pair(monkeypatch):
@@ -364,6 +501,14 @@ def test_extract_math():
         "so \\[ x = 3 \\]": "x = 3",
         "I do not know 3": None,
         "<answer></answer>": None,
+        "The answer is **58**.": "58",
+        "**Final Answer**: 58": "58",
+        "**Final Answer: 58**": "58",
+        "## **Final Answer**\n\n**$58$**": "58",
+        "<answer>**58**</answer>": "58",
+        "<answer>***58***</answer>": "58",
+        "<answer>\\boxed{**58**}</answer>": "58",
+        "<answer>2**3 + x**(1/2)</answer>": "2**3 + x**(1/2)",
     }
     assert {text: extract.extract_math(text) for text in cases} == cases
 
@@ -459,6 +604,65 @@ def test_samples_file_that_misses_tasks(tmp_path, capsys):
     samples.write_text('{"task_id": "HumanEval/99", "solution": ""}\n')
     assert evaluate.main([*command, "--samples-file", str(samples)]) == 2
     assert "line 1" in capsys.readouterr().err
+
+
+def test_samples_files_give_a_score_or_one_sentence(tmp_path, capsys):
+    command = ["--suites", "humaneval+", "--data", str(write_bench(tmp_path)), "--out", str(tmp_path / "out")]
+
+    def run(name, data):
+        (tmp_path / name).write_bytes(data)
+        code = evaluate.main([*command, "--samples-file", str(tmp_path / name)])
+        return code, capsys.readouterr()
+
+    lines = [{"task_id": f"HumanEval/{i}", "solution": GOOD if n < 3 else ""} for i in (0, 1) for n in range(4 - 3 * i)]
+    text = "\n".join(map(json.dumps, lines)).encode()
+    for name, data in (("a.jsonl", text), ("b.jsonl.gz", gzip.compress(text)), ("c.jsonl", b"\xef\xbb\xbf" + text)):
+        code, said = run(name, data)
+        assert code == 0 and "1 to 4 samples" in said.out
+        record = json.loads((tmp_path / "out/results.json").read_text())["humaneval+"]
+        assert record["scores"] == {"HumanEval/0": 0.75, "HumanEval/1": 1.0} and record["pass_at"] == {}
+    bad = [[GOOD], None, 3, {"a": 1}]
+    wrong = [{"task_id": "HumanEval/0", key: value} for key in ("solution", "completion") for value in bad]
+    wrong += [
+        {"task_id": "HumanEval/0"},
+        {"task_id": ["HumanEval/0"], "solution": ""},
+        {"solution": GOOD},
+        [1],
+        "x",
+        None,
+    ]
+    for data in (*(text + b"\n" + json.dumps(one).encode() for one in wrong), text + b"\n{", text + b"\n\xff{}"):
+        code, said = run("d.jsonl", data)
+        assert code == 2 and "d.jsonl, line 6" in said.err and said.err.count("\n") == 1, data
+    for data in (b"", b"\n\n", b"[" * 100_000):
+        code, said = run("e.jsonl", data)
+        assert code == 2 and said.err.count("\n") == 1
+    code, said = run("f.jsonl.gz", b"no gzip")
+    assert code == 2 and "f.jsonl.gz" in said.err and said.err.count("\n") == 1
+    assert json.loads((tmp_path / "out/results.json").read_text())["humaneval+"] == record  # no failure touched it
+
+
+def test_what_was_scored_is_kept_when_a_later_suite_fails(model, tmp_path, capsys):
+    command = ["--suites", "cruxeval-i:2,cruxeval-o:2", "--data", str(write_bench(tmp_path)), "--out", str(tmp_path)]
+    command += ["--model", str(model[0]), "--engine", "transformers", "--max-tokens", "4"]
+    assert evaluate.main(command) == 0
+    whole = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").unlink()
+    lines = (tmp_path / "responses/cruxeval-o.jsonl").read_text().splitlines()
+    (tmp_path / "responses/cruxeval-o.jsonl").write_text("\n".join([lines[0], "[]", ""]))
+    capsys.readouterr()
+    assert evaluate.main([*command, "--score-only"]) == 2
+    assert "cruxeval-o.jsonl is damaged" in capsys.readouterr().err
+    assert json.loads((tmp_path / "results.json").read_text()) == {"cruxeval-i:2": whole["cruxeval-i:2"]}
+
+
+@pytest.mark.parametrize(("suite", "file"), [("humaneval+", "HumanEvalPlus.jsonl"), ("lcb", "lcb.jsonl")])
+def test_data_without_tests_are_refused_before_a_model_is_loaded(tmp_path, capsys, suite, file):
+    row = {"task_id": "HumanEval/0", "prompt": "", "entry_point": "f", "question_id": "q", "question_content": "?"}
+    (tmp_path / file).write_text(json.dumps(row | {"starter_code": "", "canonical_solution": ""}))
+    assert evaluate.main(["--suites", suite, "--model", "x", "--data", str(tmp_path), "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert file in said and "is not the data of" in said and said.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
