@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
@@ -34,8 +34,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import trr
 from harness import checkpoint, metrics, report
+from harness.check import agree
 from harness.report import phase
-from harness.start import SetupError, check_engine, describe, interruptible, start, stop, uninterrupted
+from harness.start import SetupError, dry_run, interruptible, start, stop, uninterrupted
 from policy.engine import Completion, Engine
 from policy.memory import Plan
 from policy.optimizer import MasterAdamW, learning_rate
@@ -290,14 +291,15 @@ def learn(run: Run, rollouts: list[Rollout], step: int) -> dict:
             tis_cap=config.importance_cap or None,
             grad_clip=config.grad_clip,
             token_budget=run.plan.token_budget,
+            vocab_size=run.engine.vocab_size,
             progress=bar.update,
         )
+    agree(run.engine, result.mismatch)
     for item, entropy in zip(rows, result.row_entropy, strict=True):
         item.entropy = entropy
     with phase(run, "sync", 1):
         run.engine.sync(run.policy)
-    reports = {f"update/{name}": value for name, value in asdict(result).items() if name != "row_entropy"}
-    return {name: value for name, value in reports.items() if value is not None}
+    return {f"update/{key}": value for key, value in vars(result).items() if key != "row_entropy" and value is not None}
 
 
 def measure(run: Run) -> dict:
@@ -391,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, extra = parse(argv)
         if extra.dry_run:
-            describe(config, extra.card)
+            dry_run(config, extra.card, extra.verbose)
             return 0
         if config.eval_every:
             evaluate.check_data(config.eval_suites.split(","), Path(config.eval_data), {}, config.kinds)
@@ -408,8 +410,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def begin(run: Run) -> None:
-    """Before the first step: check that engine and policy agree, seed the buffers, measure the untrained model."""
-    check_engine(run, [solve_rollout(run, kind.zero(), 0).prompt_ids for kind in run.config.kinds.values()])
+    """Before the first step: seed the buffers, measure the untrained model."""
     seed_buffers(run)
     report.log_start(run, measure(run) if run.config.eval_every else {})
     checkpoint.save(run, "checkpoint")

@@ -291,17 +291,27 @@ def check_data(specs: Sequence[str], data_dir: Path, files: Mapping[str, Path], 
 
 
 def open_engine(args):
-    """Model, tokenizer and engine of the command line; under vLLM the weights wait on the CPU until they are pushed."""
+    """Model, tokenizer and engine of the command line; under vLLM the weights wait on the CPU until they are pushed.
+    Raises ValueError for a chat template that fails, before the weights are loaded."""
     import torch
+    from jinja2 import TemplateError  # torch requires it; transformers renders templates with it
 
-    from policy.load import choose_engine, load_policy, make_engine
+    from policy.load import choose_engine, load_config, load_policy, load_tokenizer, make_engine, positions
 
+    tokenizer = load_tokenizer(args.model, load_config(args.model))
+    for _, name, _ in expand(args.specs) if tokenizer.chat_template else ():
+        suite, items, _ = load_items(name, args.data, args.files, args.kinds)
+        try:
+            suite.prompt(items[0].text, tokenizer, suite.template(args.template, tokenizer))
+        except (TemplateError, TypeError, ValueError) as error:
+            other = "use --template plain, or mend the chat template" if args.template != "plain" else "mend it"
+            raise ValueError(f"The chat template of {args.model} fails for {name} ({error}): {other}.") from None
     kind, on_gpu = choose_engine(args.engine), torch.cuda.is_available()
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if on_gpu else "float32"
     policy, tokenizer = load_policy(args.model, "cuda" if on_gpu and kind != "vllm" else "cpu", dtype)
     weights = sum(p.numel() * p.element_size() for p in policy.parameters())
     cache = int(0.9 * torch.cuda.mem_get_info()[0] - 1.3 * weights - (6 << 30)) if on_gpu else 2 << 30
-    length = min(args.max_model_len, getattr(policy.config, "max_position_embeddings", args.max_model_len))
+    length = min(args.max_model_len, positions(policy.config) or args.max_model_len)
     size = {"max_num_seqs": 256 if on_gpu else 64, "kv_cache_bytes": max(cache, 1 << 28)}
     engine = make_engine(kind, args.model, policy, tokenizer, max_model_len=length, **size)
     print(f"engine {engine.name} on {engine.device}, {engine.dtype}, at most {length} tokens per prompt and response")

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policy.logprobs import ran_out_of_memory, token_logprobs
 
@@ -246,26 +247,46 @@ def can_pack(policy: PreTrainedModel) -> bool:
 
 @contextmanager
 def _training(policy: PreTrainedModel, packed: bool) -> Iterator[None]:
-    """Training mode (gradient checkpointing needs it) and the attention that fits the layout; both are put back."""
-    mode, attention = policy.training, policy.config._attn_implementation
-    policy.train()
+    """The attention that fits the layout, and no dropout: with one step per batch the policy that sampled is the one
+    that is differentiated. Gradient checkpointing wants its layers in training mode, in which some of them call dropout
+    themselves. All is put back."""
+    mode, attention, dropout = policy.training, policy.config._attn_implementation, F.dropout
+    policy.eval()
+    for module in policy.modules():
+        module.training = isinstance(module, GradientCheckpointingLayer)
     if packed:
         policy.config._attn_implementation = "segments"
+    F.dropout = lambda tensor, *_, **__: tensor
     try:
         yield
     finally:
+        F.dropout, policy.config._attn_implementation = dropout, attention
         policy.train(mode)
-        policy.config._attn_implementation = attention
+
+
+def logit_scale(config) -> float:
+    """What a model multiplies its logits with (Granite, Cohere, Falcon-H1). Raises ValueError for one that bends them.
+    The check at start (harness/check.py) finds what goes by other names."""
+    if any(
+        getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    ):
+        raise ValueError("This model caps its logits (as Gemma 2), which the update does not: train another --model.")
+    factors = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier")]
+    return math.prod(factors) / (getattr(config, "logits_scaling", None) or 1.0)
 
 
 def response_logprobs(
-    policy: PreTrainedModel, batch: MicroBatch, chunk: int, entropy_grad: bool = False
+    policy: PreTrainedModel, batch: MicroBatch, chunk: int, entropy_grad: bool = False, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy (n,) of the response tokens of a micro-batch; prompts never reach the head."""
+    """Log-probability and entropy (n,) of the response tokens of a micro-batch among the first `vocab_size` ids (None:
+    all); prompts never reach the head."""
     output = policy.base_model(input_ids=batch.input_ids, use_cache=False, **batch.forward_args)
     hidden = output.last_hidden_state.flatten(0, 1).index_select(0, batch.select)  # (n, H)
+    if (scale := logit_scale(policy.config)) != 1.0:
+        hidden = hidden * scale
     head = policy.get_output_embeddings()
-    return token_logprobs(hidden, head.weight, batch.targets, getattr(head, "bias", None), chunk, entropy_grad)
+    bias = getattr(head, "bias", None)
+    return token_logprobs(hidden, head.weight, batch.targets, bias, chunk, entropy_grad, vocab_size)
 
 
 @dataclass(kw_only=True)
@@ -301,6 +322,7 @@ def update(
     minibatches: int = 1,
     packed: bool | None = None,
     chunk: int = 512,
+    vocab_size: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     **options: float | None,
 ) -> UpdateResult:
@@ -313,6 +335,7 @@ def update(
     counted there but not computed (unless the entropy bonus needs them).
     `minibatches` = n > 1 takes n optimizer steps, each on every n-th row, with old log-probabilities from a pass before
     the first; with one step the ratio is 1 by construction and that pass is saved. `packed=None` packs if `can_pack`.
+    `vocab_size`: the ids that are sampled from, where the model has more than its tokenizer.
     `progress` receives prompt + response tokens done. A step whose gradient is not finite is dropped; one that runs out
     of memory begins again with half the token budget, down to one row at a time.
     """
@@ -322,9 +345,6 @@ def update(
         raise ValueError("Every sample needs at least one prompt token and one response token.")
     if any(s.engine_logprobs is not None and len(s.engine_logprobs) != len(s.response_ids) for s in samples):
         raise ValueError("Engine log-probabilities must be one per response token.")
-    rescaling = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # gemma2, cohere, granite
-    if any(getattr(policy.config, name, None) not in (None, 1.0) for name in rescaling):
-        raise ValueError("This model rescales its logits, which `token_logprobs` does not: train another model.")
     device, packed = policy.device, can_pack(policy) if packed is None else packed
     entropy_coef = options.get("entropy_coef", 0.0)
     sizes = [len(s.response_ids) for s in samples]
@@ -341,11 +361,11 @@ def update(
 
     def remember(batch: MicroBatch) -> None:
         with torch.no_grad():
-            logprob, _ = response_logprobs(policy, batch, chunk)
+            logprob, _ = response_logprobs(policy, batch, chunk, False, vocab_size)
         old_logprob.update(zip(batch.rows, logprob.split([sizes[i] for i in batch.rows]), strict=True))
 
     def accumulate(batch: MicroBatch) -> dict[str, Tensor]:  # nothing here waits for the card
-        logprob, entropy = response_logprobs(policy, batch, chunk, entropy_coef != 0)
+        logprob, entropy = response_logprobs(policy, batch, chunk, entropy_coef != 0, vocab_size)
         old = torch.cat([old_logprob[i] for i in batch.rows]) if old_logprob else logprob.detach()
         tokens = (logprob, entropy, old, batch.engine, advantage[batch.row], weight[batch.row])
         loss, report = objective(*tokens, **options)

@@ -155,7 +155,7 @@ def flag(name: str) -> str:
 
 
 def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """Command line to (Config, the few flags that are not configuration: resume, dry_run, card, smoke).
+    """Command line to (Config, the few flags that are not configuration: resume, dry_run, verbose, card, smoke).
 
     Order: defaults, then the preset, then what was typed. Raises ValueError with one sentence on a wrong value;
     argparse itself exits with code 2 on an unknown flag."""
@@ -163,6 +163,7 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     add = parser.add_argument
     add("--resume", metavar="RUN", help=f"continue the run in this folder; of its options may change: {CHANGEABLE}")
     add("--dry-run", action="store_true", help="print the plan (engine, rollouts, memory, time) and stop")
+    add("--verbose", action="store_true", help="with --dry-run: load the model, check it, and print what was checked")
     add("--card", type=float, default=0.0, metavar="GB", help="with --dry-run: plan for a card that is not here")
     add("--smoke", action="store_true", help="two small steps on the embedded model, under a minute")
     for item in fields(Config):
@@ -174,7 +175,9 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
             settings |= {"type": type(item.default), "metavar": item.name.upper()}
         add(flag(item.name), default=argparse.SUPPRESS, dest=item.name, **settings)
     typed = vars(parser.parse_args(argv))
-    extra = argparse.Namespace(**{name: typed.pop(name) for name in ("resume", "dry_run", "card", "smoke")})
+    extra = argparse.Namespace(**{name: typed.pop(name) for name in ("resume", "dry_run", "verbose", "card", "smoke")})
+    if extra.verbose and (extra.card or not extra.dry_run):
+        raise ValueError("--verbose is for --dry-run, and without --card: it loads the model")
     if extra.card and not (extra.dry_run and 0 < extra.card < LARGEST):
         raise ValueError(f"--card {extra.card:g} is for --dry-run and in GB; --memory limits the card that is here")
     if extra.resume:

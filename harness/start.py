@@ -1,8 +1,8 @@
 """How a run starts, what it is told beforehand, and how it stops.
 
-What it does: `describe` prints the plan of a run; `start` loads all it needs, after --resume with every state of the
-last finished step; `interruptible` and `uninterrupted` let Ctrl-C and SIGTERM stop it without losing a step; `stop`
-says what went wrong in one sentence.
+What it does: `dry_run` prints the plan of a run; `start` loads all it needs, after --resume with every state of the
+last finished step, and checks the model; `interruptible` and `uninterrupted` let Ctrl-C and SIGTERM stop it without
+losing a step; `stop` says what went wrong in one sentence.
 What it leaves out: the algorithm (azr.py) and what is written down (report.py).
 
     config, extra = parse(["--model", "PATH"]); run = azr.Run(**start(config, resume=None))
@@ -27,12 +27,13 @@ from jinja2 import TemplateError  # torch requires it; transformers renders temp
 from buffers import Buffer
 from executor import Executor
 from harness import checkpoint
+from harness.check import inspect_config, inspect_tokenizer, rehearse
 from harness.config import Config
 from harness.metrics import Watch
 from policy import memory
 from policy.dialogue import wrap
-from policy.engine import SyncError, check_sync, first_line
-from policy.load import choose_engine, load_config, load_policy, make_engine
+from policy.engine import SyncError, first_line
+from policy.load import choose_engine, load_config, load_policy, load_tokenizer, make_engine
 from policy.logprobs import ran_out_of_memory
 from policy.memory import GB
 from policy.optimizer import MasterAdamW
@@ -42,11 +43,19 @@ from policy.speed import DEVICES, estimate_seconds
 # Before a run
 
 
-def describe(config: Config, card: float = 0.0) -> memory.Plan:
+def describe(config: Config, card: float = 0.0) -> tuple[memory.Plan, Config, list[list[int]], dict[str, str]]:
     """Print which engine, device and type a run uses, how many rollouts a step makes, and what memory and time to
-    expect; `card`: GB of a card that is not here. Raises ValueError for a model that cannot be had or does not fit."""
+    expect; `card`: GB of a card that is not here. Raises ValueError for a model that cannot be had, does not fit or
+    fails a check. Returns the plan, the configuration without "auto", the prompts to check weights with, the results.
+    """
     device, dtype = place(config, bool(card))
     hf_config = load_config(config.model)
+    prompts, checked = [], inspect_config(config, hf_config)
+    if not card:  # a config is enough to plan for another machine
+        tokenizer = load_tokenizer(config.model, hf_config)
+        config = replace(config, template=choose_template(config, tokenizer))
+        prompts, more = inspect_tokenizer(config, tokenizer)
+        checked |= more
     engine = "vllm" if card and config.engine == "auto" else choose_engine(config.engine)
     host, given, cells = free_host_bytes(), config.memory * GB, len(config.kinds) * config.batch
     plan = memory.plan(
@@ -72,7 +81,7 @@ def describe(config: Config, card: float = 0.0) -> memory.Plan:
         trained, prompt = cells * (2 + config.rollouts * config.reuse_measurement_rollouts), config.max_prompt // 4
         seconds = estimate_seconds(hf_config, plan, known, cells * (config.rollouts + 2), trained, prompt, likely)
         print(f"rough estimate at {likely} tokens a response: {sum(seconds.values()):.0f} s a step on {known}")
-    return plan
+    return plan, config, prompts, checked
 
 
 def place(config: Config, elsewhere: bool = False) -> tuple[str, str]:
@@ -111,37 +120,20 @@ def choose_template(config: Config, tokenizer) -> str:
 
 
 def start(config: Config, resume: str | None) -> dict:
-    """The fields of an azr.Run: everything loaded, and after --resume every state as it was after the last finished
-    step. Raises ValueError with one sentence for what the user must change."""
+    """The fields of an azr.Run: everything loaded and checked, and after --resume every state as it was after the last
+    finished step. Raises ValueError with one sentence for what the user must change, SyncError where engine and update
+    disagree."""
     if sys.platform == "win32":
         raise ValueError("azr needs Linux or macOS: the executor has no way to contain programs on Windows; use WSL")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # what matters of its warnings, `load_policy` says
-    transformers.set_seed(config.seed)  # for dropout, where a model has it; all other draws use `Run.rng`
     executor = Executor()  # first: its servers must start before this process touches the GPU
-    device, dtype = place(config)
-    plan = describe(config)
+    plan, used, prompts, checked = describe(config)
     folder = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{Path(config.model).name}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose another --out")
     if not resume and folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another --out, or --resume {folder}")
     saved = checkpoint.find(folder) if resume else None
-    policy, tokenizer = load_policy(str(saved or config.model), device, dtype)
-    template = choose_template(config, tokenizer)
-    if plan.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-    optimizer = MasterAdamW(policy, weight_decay=config.weight_decay, offload=plan.offload_optimizer)
-    try:
-        engine = make_engine(
-            plan.engine, config.model, policy, tokenizer, max_model_len=config.max_prompt + config.max_response,
-            token_budget=plan.generation_budget, max_num_seqs=plan.max_num_seqs, kv_cache_bytes=plan.kv_cache_bytes,
-            sleep=plan.sleep, seed=config.seed,
-        )  # fmt: skip
-    except RuntimeError as error:  # vLLM was asked for and cannot be had
-        if ran_out_of_memory(error):
-            raise
-        raise ValueError(f"{error}; choose another --engine") from error
+    policy, tokenizer, optimizer, engine = load(config, plan, str(saved or config.model))
     step, watch = 0, Watch()
     buffers = {name: Buffer(config.buffer_size, kind.key) for name, kind in config.buffered.items()}
     if saved:
@@ -153,22 +145,49 @@ def start(config: Config, resume: str | None) -> dict:
     elif resume:  # stopped before the first checkpoint: nothing in the logs counts
         for log in checkpoint.LOGS:
             (folder / log).unlink(missing_ok=True)
+    checked |= rehearse(policy, tokenizer, engine, optimizer.clear, prompts)
+    print(f"checked: {', '.join(checked)} ({checked['update']})")
     folder.mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    about = {"config": asdict(config), "template": template, "engine": engine.name, "sandbox": executor.layers}
+    about = {"config": asdict(config), "template": used.template, "engine": engine.name, "sandbox": executor.layers}
     about["versions"] = versions | {"python": platform.python_version()}
     checkpoint.write_atomically(folder / "config.json", json.dumps(about, indent=1))
     return {
-        "config": replace(config, template=template), "folder": folder, "policy": policy, "tokenizer": tokenizer,
+        "config": used, "folder": folder, "policy": policy, "tokenizer": tokenizer,
         "engine": engine, "optimizer": optimizer, "executor": executor, "plan": plan, "buffers": buffers,
         "watch": watch, "step": step, "saved": step if saved else -1,
     }  # fmt: skip
 
 
-def check_engine(run, prompts: list[list[int]]) -> None:
-    """Raise SyncError unless the engine's log-probabilities on these prompts are the policy's."""
-    difference = check_sync(run.engine, run.policy, prompts)
-    print(f"engine and policy agree: mean |logprob difference| {difference:.1e}")
+def load(config: Config, plan: memory.Plan, model: str) -> tuple:
+    """Policy, tokenizer, optimizer and engine; `model`: the folder or hub name of the weights. Raises ValueError."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what matters of its warnings, `load_policy` says
+    transformers.set_seed(config.seed)  # nothing should need it: all draws use `Run.rng`
+    policy, tokenizer = load_policy(model, *place(config))
+    if plan.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    optimizer = MasterAdamW(policy, weight_decay=config.weight_decay, offload=plan.offload_optimizer)
+    try:
+        engine = make_engine(
+            plan.engine, config.model, policy, tokenizer, max_model_len=config.max_prompt + config.max_response,
+            token_budget=plan.generation_budget, max_num_seqs=plan.max_num_seqs, kv_cache_bytes=plan.kv_cache_bytes,
+            sleep=plan.sleep,
+        )  # fmt: skip
+    except RuntimeError as error:  # vLLM was asked for and cannot be had
+        if ran_out_of_memory(error):
+            raise
+        raise ValueError(f"{error}; choose another --engine") from error
+    return policy, tokenizer, optimizer, engine
+
+
+def dry_run(config: Config, card: float = 0.0, weights: bool = False) -> None:
+    """Print the plan of a run; with `weights` also check the model (harness/check.py) and print what was checked."""
+    plan, _, prompts, checked = describe(config, card)
+    if weights:
+        policy, tokenizer, optimizer, engine = load(config, plan, config.model)
+        checked |= rehearse(policy, tokenizer, engine, optimizer.clear, prompts)
+        print("\n".join(f"  {name:<10}{result}" for name, result in checked.items()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

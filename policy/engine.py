@@ -1,8 +1,8 @@
 """The interface of the generation engines: token ids in, token ids out.
 
-What it does: defines a completion and the call that makes completions, checks that call's arguments once for both
-engines (transformers_engine.py, vllm_engine.py), and checks that an engine holds the policy's weights. Both sample from
-the distribution that the loss differentiates: a model folder's own sampling settings are ignored.
+What it does: defines a completion and the call that makes completions, and checks that call's arguments once for both
+engines (transformers_engine.py, vllm_engine.py). Both sample from the distribution that the loss differentiates: a
+model folder's own sampling settings are ignored.
 What it leaves out: text. The caller owns the tokenizer, because decoding and encoding again would change ids.
 Paper: section 3.3 (rollouts of both roles at temperature 1).
 
@@ -14,15 +14,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]  # called with (sequences newly finished, tokens newly generated)
-SYNC_LIMIT = 0.1  # nats per token; bf16 noise is below 0.05, stale weights were seen at 0.2 and more
 
 
 class SyncError(RuntimeError):
-    """The engine does not hold the policy's weights as they are now."""
+    """The engine does not sample from the policy as it is now."""
 
 
 @dataclass
@@ -97,7 +95,10 @@ class Engine:
                     f"within {self.max_model_len} tokens (raise the maximum length or shorten the prompt)."
                 )
             if not 0 <= min(ids) <= max(ids) < self.vocab_size:
-                raise ValueError(f"A prompt has ids outside 0..{self.vocab_size - 1}: use the model's tokenizer.")
+                raise ValueError(
+                    f"A prompt has ids outside 0..{self.vocab_size - 1}, which model and tokenizer share: resize the "
+                    "model's embeddings, or use the tokenizer that it was trained with."
+                )
             requests.append(Request(ids, count, heat, wanted, min(max_new_tokens, room), sample_seed))
             sample_seed += count
         return self._run(requests, top_p, stop, progress)
@@ -118,39 +119,6 @@ def eos_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     configured = policy.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if isinstance(i, int)})
-
-
-@torch.no_grad()
-def policy_logprobs(policy: PreTrainedModel, prompt: list[int], answer: list[int], vocab_size: int) -> torch.Tensor:
-    """What the policy's own forward pass says of each id of the answer, (len(answer),), among ids that have a text."""
-    ids, was_training = torch.tensor([prompt + answer], device=policy.device), policy.training
-    logits = policy.eval()(input_ids=ids, logits_to_keep=len(answer) + 1).logits[0, :-1, :vocab_size].float()
-    policy.train(was_training)
-    return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(1)
-
-
-def check_sync(
-    engine: Engine, policy: PreTrainedModel, prompts: list[list[int]], *, max_new_tokens: int = 16, seed: int = 0
-) -> float:
-    """Mean |engine logprob - policy logprob| in nats over tokens sampled from `prompts`: are the weights the policy's?
-
-    Finds stale weights, a head that was not pushed, other sampling settings. Raises SyncError above `SYNC_LIMIT`, and
-    for a policy whose probabilities are no numbers.
-    """
-    distances = []
-    answers = engine.generate(prompts, max_new_tokens=max_new_tokens, seed=seed, logprobs=True)
-    for prompt, [answer] in zip(prompts, answers, strict=True):
-        expected = policy_logprobs(policy, prompt, answer.token_ids, engine.vocab_size)
-        if expected.isnan().any():
-            raise SyncError("The policy's probabilities are no numbers, its weights are damaged: use another --model.")
-        distances.append((expected - torch.tensor(answer.logprobs, device=expected.device)).abs())
-    mean = torch.cat(distances).mean().item()
-    if not mean <= SYNC_LIMIT:  # nan, too
-        raise SyncError(
-            f"The {engine.name} engine does not sample from the policy (logprobs differ by {mean:.3g} nats per token, "
-            f"limit {SYNC_LIMIT}), so its weights are stale: use the transformers engine."
-        )
-    return mean
 
 
 def first_line(error: BaseException) -> str:

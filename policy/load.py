@@ -15,8 +15,17 @@ from pickle import UnpicklingError
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from policy.dialogue import PREAMBLE
 from policy.engine import Engine, eos_ids, first_line
 from policy.logprobs import ran_out_of_memory
 from policy.transformers_engine import TransformersEngine
@@ -45,14 +54,43 @@ def resolve_model(name: str) -> str:
 
 
 def load_config(name: str):
-    """The model's config alone, so that a wrong name is found before anything large is loaded; raises ValueError."""
+    """The config of a model, of its text part where it has several, so that what cannot work is found before anything
+    large is loaded. Raises ValueError for a wrong name, and for a model whose text part cannot be had alone."""
     path = resolve_model(name)
     try:
-        return AutoConfig.from_pretrained(path)
+        whole = AutoConfig.from_pretrained(path)
+        config = whole.get_text_config()
     except LOAD_ERRORS as error:
         known = Path(path).is_dir()
         what = f"The config.json of {path} cannot be used" if known else f"There is no model {path} to be had here"
         raise ValueError(f"{what}: {first_line(error)}") from error
+    model, part = (MODEL_FOR_CAUSAL_LM_MAPPING.get(type(each), None) for each in (whole, config))
+    if model is None or model is not part:  # that of Qwen 3.5 takes the text part from a folder of the whole
+        raise ValueError(f"{path} ({whole.model_type}) is no model of text alone: use another --model.")
+    if part._is_stateful and not {"full_attention", "hybrid"} & set(getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"{path} ({whole.model_type}) has no attention that masks pads: use another --model.")
+    return config
+
+
+def positions(config) -> int | None:
+    """The longest sequence a model can read, in tokens; None where it has no limit."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+
+def load_tokenizer(name: str, config) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; raises ValueError, in one sentence, where there is none or it has other ids."""
+    path = resolve_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except LOAD_ERRORS as error:
+        reason = first_line(error)
+        raise ValueError(f"{path} has no usable tokenizer ({reason}): put one beside config.json.") from error
+    if (last := max([*tokenizer.encode(PREAMBLE), tokenizer.eos_token_id or 0])) >= config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {path} writes the id {last}, but the model has only {config.vocab_size} ids: "
+            "resize its embeddings, or put the tokenizer beside it that it was trained with."
+        )
+    return tokenizer
 
 
 def load_policy(name: str, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -62,11 +100,7 @@ def load_policy(name: str, device: str, dtype: str) -> tuple[PreTrainedModel, Pr
     a model without end-of-sequence id.
     """
     path, config = resolve_model(name), load_config(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except LOAD_ERRORS as error:
-        reason = first_line(error)
-        raise ValueError(f"{path} has no usable tokenizer ({reason}): put one beside config.json.") from error
+    tokenizer = load_tokenizer(name, config)
     try:
         policy, report = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True
@@ -81,9 +115,24 @@ def load_policy(name: str, device: str, dtype: str) -> tuple[PreTrainedModel, Pr
         raise ValueError(f"The weights of {path} are incomplete: {min(report['missing_keys'])} is missing.")
     if more := [key for key in report["unexpected_keys"] if ".layers." in key]:  # transformers would drop them
         raise ValueError(f"The weights of {path} hold {min(more)}, which its config.json does not have: restore it.")
+    policy.generation_config = savable(policy.generation_config)
     if not eos_ids(policy, tokenizer):
         raise ValueError(f"{path} names no end-of-sequence token: set eos_token in its tokenizer_config.json.")
     return policy.to(device), tokenizer
+
+
+def savable(settings: GenerationConfig) -> GenerationConfig:
+    """A generation config without the fields that forbid to save it, such as a temperature for greedy decoding; nothing
+    here reads them."""
+    kept = GenerationConfig()
+    for name, value in sorted(settings.to_dict().items(), key=lambda field: field[0] != "do_sample"):
+        before = getattr(kept, name, None)
+        setattr(kept, name, value)
+        try:
+            kept.validate(strict=True)
+        except (ValueError, TypeError):
+            setattr(kept, name, before)
+    return kept
 
 
 def choose_engine(kind: str) -> str:
@@ -111,4 +160,7 @@ def make_engine(
     """
     if choose_engine(kind) == "transformers":
         return TransformersEngine(policy, tokenizer, max_model_len, token_budget)
-    return VllmEngine(resolve_model(model_path), policy, tokenizer, max_model_len, **for_vllm)
+    path = resolve_model(model_path)
+    if AutoConfig.from_pretrained(path).model_type != policy.config.model_type:
+        raise RuntimeError(f"vLLM would load the whole of {path}, of which the policy is the text part")
+    return VllmEngine(path, policy, tokenizer, max_model_len, **for_vllm)

@@ -64,7 +64,7 @@ def table(config, sizes, engine, device, width, rows, read, sleep, again, offloa
     (parameters, q, kv), (context, own, heap), vllm = sizes, HOLD[device], engine == "vllm"
     hidden, vocab = config.hidden_size, config.vocab_size
     weights, states = width * parameters, STATES[width] * parameters
-    norm, mlp = (4 + 2 * width) * hidden, 4 * width * config.intermediate_size
+    norm, mlp = (4 + 2 * width) * hidden, 4 * width * (getattr(config, "intermediate_size", None) or 4 * hidden)
     layer = 2 * norm + width * (3 * q + 2 * kv) + mlp
     saved = norm + config.num_hidden_layers * (width * hidden if again else layer)
     head = min(CHUNK, tokens) * vocab * (8 + width) + (4 if width == 4 else 6) * vocab * hidden  # and its gradient

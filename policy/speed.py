@@ -12,12 +12,18 @@ MFU, SERVED, HOST = 0.4, 0.32, 50e9  # shares of arithmetic and of memory traffi
 
 
 def shape(config) -> tuple[int, int, int]:
-    """(parameters, width of all queries, width of all keys) of a decoder of the Hugging Face kind."""
-    with torch.device("meta"):  # a model that takes no memory
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return parameters, heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
+    """(parameters, width of all queries, width of all keys) of a decoder of the Hugging Face kind; raises ValueError
+    for a model of another kind."""
+    try:
+        with torch.device("meta"):  # a model that takes no memory
+            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return parameters, heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
+    except (AttributeError, TypeError, RuntimeError, ImportError) as error:
+        raise ValueError(
+            f"A {config.model_type} model cannot be planned for ({error}): use another --model."
+        ) from error
 
 
 def estimate_seconds(config, plan, device: str, sequences: int, trained: int, prompt: int, response: int) -> dict:

@@ -74,7 +74,7 @@ class TransformersEngine(Engine):
                 break
             if left <= 0.75 * len(live):  # copying the cache costs about one step, so not for every single row
                 kept = (lengths[live] == 0).nonzero().squeeze(1)
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)  # unlike batch_select_indices, layers without keys have it, too
                 live, mask, positions, tokens = live[kept], mask[kept], positions[kept], tokens[kept]
             mask, positions = torch.cat([mask, mask.new_ones(len(live), 1)], 1), positions + 1
             logits = self._forward(tokens[:, None], mask, positions, cache)
@@ -104,8 +104,9 @@ class TransformersEngine(Engine):
             caches.append(DynamicCache(config=self.policy.config))
             logits.append(self._forward(ids[part], mask[part], positions[part], caches[-1]))
         for layers in zip(*(cache.layers for cache in caches), strict=True):
-            layers[0].keys = torch.cat([layer.keys for layer in layers])[owner]
-            layers[0].values = torch.cat([layer.values for layer in layers])[owner]
+            for parts in zip(*map(_states, layers), strict=True):
+                (held, name), *_ = parts
+                held[name] = torch.cat([held[name] for held, name in parts])[owner]
         return torch.cat(logits)[owner], caches[0], mask[owner], positions[owner, -1:]
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
@@ -122,6 +123,12 @@ class TransformersEngine(Engine):
         """Nothing to push. Raises ValueError for another model than the one the engine was built with."""
         if policy is not self.policy:
             raise ValueError("The transformers engine samples from the policy it was built with: build a new engine.")
+
+
+def _states(layer) -> list[tuple[dict, object]]:
+    """Where a layer of a cache holds its tensors, one row per sequence: keys and values, or recurrent states."""
+    held = [vars(layer), *(value for value in vars(layer).values() if isinstance(value, dict))]
+    return [(each, name) for each in held for name, value in each.items() if isinstance(value, Tensor) and value.dim()]
 
 
 def sample(
