@@ -34,6 +34,7 @@ from policy.dialogue import wrap
 from policy.engine import SyncError, check_sync, first_line
 from policy.load import choose_engine, load_config, load_policy, make_engine
 from policy.logprobs import ran_out_of_memory
+from policy.lora import add_adapters
 from policy.memory import GB
 from policy.optimizer import MasterAdamW
 from policy.speed import DEVICES, estimate_seconds
@@ -127,7 +128,10 @@ def start(config: Config, resume: str | None) -> dict:
     if not resume and folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another --out, or --resume {folder}")
     saved = checkpoint.find(folder) if resume else None
-    policy, tokenizer = load_policy(str(saved or config.model), device, dtype)
+    # With adapters a resumed run needs the base weights as they were: the checkpoint holds the merged ones.
+    policy, tokenizer = load_policy(str(saved or config.model) if not config.lora else config.model, device, dtype)
+    if config.lora:
+        add_adapters(policy, config.lora)
     template = choose_template(config, tokenizer)
     if plan.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
