@@ -34,6 +34,7 @@ from safetensors import SafetensorError
 from buffers import Buffer, load_buffer
 from policy.engine import first_line
 from policy.logprobs import ran_out_of_memory
+from policy.lora import merged_weights
 from prompts import Kind
 
 LOGS = ("metrics.jsonl", "timing.jsonl", "tasks.jsonl", "rollouts.jsonl", "flagged.jsonl")  # these and the buffers grow
@@ -92,7 +93,8 @@ def save(run, name: str) -> None:
     folder, partial = run.folder / f"{name}-{run.step:06d}", run.folder / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        run.policy.save_pretrained(partial)
+        merged = {name: weight.cpu() for name, weight in merged_weights(run.policy)} if run.config.lora else None
+        run.policy.save_pretrained(partial, state_dict=merged)
         run.tokenizer.save_pretrained(partial)
         name_, keys, *rest = np.random.get_state()
         rng = {"python": random.getstate(), "numpy": (name_, keys.tolist(), *rest), "torch": torch.get_rng_state()}

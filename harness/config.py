@@ -43,6 +43,7 @@ class Config:
                         ("auto", "bfloat16", "float32"))  # fmt: skip
     template: str = option("auto", "plain text or the tokenizer's chat template; auto: chat where there is one and the "
                            "model's name says instruct or chat", "plain", ("auto", "plain", "chat"))  # fmt: skip
+    lora: int = option(0, "rank of LoRA adapters (requirements-lora.txt); 0: all weights are trained", "0")
     memory: int = option(0, "GB to plan for on the card (without GPU: of host memory); 0: what is there")
     # The batch
     steps: int = option(500, "training steps", "500")

@@ -35,6 +35,7 @@ from policy.dialogue import wrap
 from policy.engine import SyncError, first_line
 from policy.load import choose_engine, load_config, load_policy, load_tokenizer, make_engine
 from policy.logprobs import ran_out_of_memory
+from policy.lora import add_adapters, count_adapters
 from policy.memory import GB
 from policy.optimizer import MasterAdamW
 from policy.speed import DEVICES, estimate_seconds
@@ -58,13 +59,25 @@ def describe(config: Config, card: float = 0.0) -> tuple[memory.Plan, Config, li
         checked |= more
     engine = "vllm" if card and config.engine == "auto" else choose_engine(config.engine)
     host, given, cells = free_host_bytes(), config.memory * GB, len(config.kinds) * config.batch
-    plan = memory.plan(
-        hf_config, card_bytes=(int(card * GB) or given or torch.cuda.mem_get_info()[1]) if device == "cuda" else None,
-        host_bytes=None if card else given if given and device == "cpu" else host, engine=engine,
-        max_len=config.max_prompt + config.max_response, max_prompt=config.max_prompt,
-        sequences=cells * (config.rollouts + 1), width=4 if dtype == "float32" else 2,
-        token_budget=config.token_budget or None, checkpointing=config.gradient_checkpointing,
-    )  # fmt: skip
+    wishes = {
+        "card_bytes": (int(card * GB) or given or torch.cuda.mem_get_info()[1]) if device == "cuda" else None,
+        "host_bytes": None if card else given if given and device == "cpu" else host,
+        "max_len": config.max_prompt + config.max_response,
+        "max_prompt": config.max_prompt,
+        "sequences": cells * (config.rollouts + 1),
+        "width": 4 if dtype == "float32" else 2,
+        "token_budget": config.token_budget or None,
+        "checkpointing": config.gradient_checkpointing,
+        "trained": count_adapters(hf_config, config.lora) if config.lora else None,
+    }
+    try:
+        plan = memory.plan(hf_config, engine=engine, **wishes)
+    except ValueError:  # vLLM holds a second copy of the weights
+        if config.engine != "auto" or engine != "vllm":
+            raise
+        engine = "transformers"
+        plan = memory.plan(hf_config, engine=engine, **wishes)
+        print("with vLLM it does not fit: the policy generates by itself, which is slower (--engine transformers)")
     print(
         f"model {config.model} | engine {engine} | device {device} | {dtype}\n"
         f"a step: {cells} proposals + up to {cells * config.rollouts} measuring attempts + {cells} solving attempts = "
@@ -73,7 +86,8 @@ def describe(config: Config, card: float = 0.0) -> tuple[memory.Plan, Config, li
     if card:
         needed = f"{plan.host_bytes / GB:.0f} GB beside a card of {card:g} GB"
         print(f"host memory needed: {needed}; {host / GB:.0f} GB are free on this machine")
-    disk = plan.parameters * (14 if dtype == "bfloat16" else 12) / GB  # weights, masters, two moments
+    kept = 12 if dtype == "bfloat16" else 8  # bytes of masters and two moments, beside the weights
+    disk = (plan.parameters * wishes["width"] + (wishes["trained"] or plan.parameters) * kept) / GB
     print(f"a checkpoint, every {config.save_every} steps: {disk:.3g} GB on disk, twice that while the next is written")
     name = "" if card else torch.cuda.get_device_name() if device == "cuda" else "cpu"
     if known := next((key for key in DEVICES if key in name), None):
@@ -133,7 +147,9 @@ def start(config: Config, resume: str | None) -> dict:
     if not resume and folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another --out, or --resume {folder}")
     saved = checkpoint.find(folder) if resume else None
-    policy, tokenizer, optimizer, engine = load(config, plan, str(saved or config.model))
+    # With adapters a resumed run starts from the base weights: the checkpoint holds the merged ones.
+    weights = config.model if config.lora or not saved else str(saved)
+    policy, tokenizer, optimizer, engine = load(config, plan, weights)
     step, watch = 0, Watch()
     buffers = {name: Buffer(config.buffer_size, kind.key) for name, kind in config.buffered.items()}
     if saved:
@@ -165,6 +181,8 @@ def load(config: Config, plan: memory.Plan, model: str) -> tuple:
     transformers.utils.logging.set_verbosity_error()  # what matters of its warnings, `load_policy` says
     transformers.set_seed(config.seed)  # nothing should need it: all draws use `Run.rng`
     policy, tokenizer = load_policy(model, *place(config))
+    if config.lora:
+        add_adapters(policy, config.lora)
     if plan.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     optimizer = MasterAdamW(policy, weight_decay=config.weight_decay, offload=plan.offload_optimizer)

@@ -55,25 +55,24 @@ class Plan:
 
 
 def table(config, sizes, engine, device, width, rows, read, sleep, again, offload, tokens, cache) -> dict:
-    """Bytes of each part in the (training, rollout) phase, and their sums.
-
-    `sizes`: `shape(config)`; `width`: bytes of a weight; `rows`: sampled at a time; `read`: prompt tokens read at a
-    time; `again`: with gradient checkpointing; `tokens`: of a micro-batch; `cache`: bytes. Autograd keeps of each layer
-    two norms with fp32 copies, inputs and output (twice) of the attention, four inner vectors of the MLP.
-    """
-    (parameters, q, kv), (context, own, heap), vllm = sizes, HOLD[device], engine == "vllm"
+    """Bytes of each part in the (training, rollout) phase, and their sums. `sizes`: `shape(config)`, then the parameters
+    that are trained; `width`: bytes of a weight; `rows`: sampled at a time; `read`: prompt tokens read at a time;
+    `again`: with gradient checkpointing; `tokens`: of a micro-batch; `cache`: bytes. Autograd keeps of each layer two
+    norms with fp32 copies, inputs and output (twice) of the attention, four inner vectors of the MLP."""
+    (parameters, q, kv, trained), (context, own, heap), vllm = sizes, HOLD[device], engine == "vllm"
     hidden, vocab = config.hidden_size, config.vocab_size
-    weights, states = width * parameters, STATES[width] * parameters
+    weights, states = width * parameters, STATES[width] * trained
     norm, mlp = (4 + 2 * width) * hidden, 4 * width * (getattr(config, "intermediate_size", None) or 4 * hidden)
     layer = 2 * norm + width * (3 * q + 2 * kv) + mlp
     saved = norm + config.num_hidden_layers * (width * hidden if again else layer)
-    head = min(CHUNK, tokens) * vocab * (8 + width) + (4 if width == 4 else 6) * vocab * hidden  # and its gradient
-    backward = tokens * (mlp + layer * again) + width * vocab * hidden  # of one layer
+    own_head = vocab * hidden * (trained == parameters)  # adapters leave the head as it is: it has no gradient
+    head = min(CHUNK, tokens) * vocab * (8 + width) + (4 if width == 4 else 6) * own_head
+    backward = tokens * (mlp + layer * again) + width * own_head  # of one layer
     copy = vllm * weights * (2 if device == "cpu" else 1)  # on a CPU vLLM packs its weights and keeps both
     prefill = read * (mlp + 2 * width * hidden) + rows * vocab * (6 if vllm else 20)
     parts = {
         "policy weights": (weights, weights),
-        "gradients": ((width if offload else 4) * parameters, 0),
+        "gradients": ((width if offload else 4) * trained, 0),
         "optimizer (master and moments)": (0, 0) if offload else (states, states),
         "activations": (tokens * saved * heap, 0),
         "logits chunk and backward": (max(head, backward) * heap, 0),
@@ -89,18 +88,19 @@ def table(config, sizes, engine, device, width, rows, read, sleep, again, offloa
 
 def plan(
     config, *, card_bytes, max_len, sequences, host_bytes=None, max_prompt=None, engine="vllm", width=2,
-    token_budget=None, checkpointing=False,
+    token_budget=None, checkpointing=False, trained=None,
 ) -> Plan:  # fmt: skip
     """The fastest arrangement that fits. Raises ValueError that says in one sentence what to lower when nothing does.
 
     `card_bytes`: memory of the card, None for a CPU; `host_bytes`: free host memory, None if it need not suffice here;
-    `max_len`: longest prompt + response in tokens; `sequences`: most of one generate call; `width`: bytes of a weight.
-    """
+    `max_len`: longest prompt + response in tokens; `sequences`: most of one generate call; `width`: bytes of a weight;
+    `trained`: parameters of adapters (None: all are trained)."""
     cpu, vllm, sizes = card_bytes is None, engine == "vllm", shape(config)
+    sizes += (trained or sizes[0],)
     device, memory = ("cpu", host_bytes) if cpu else ("cuda", card_bytes)
-    limit, states = int(FILL * memory), STATES[width] * sizes[0]
+    limit, states = int(FILL * memory), STATES[width] * sizes[3]
     kv_token = 2 * width * config.num_hidden_layers * sizes[2]
-    can_offload = not cpu and (host_bytes is None or states <= FILL * host_bytes)
+    can_offload = not (cpu or trained) and (host_bytes is None or states <= FILL * host_bytes)
 
     def fit(length: int, budget: int | None) -> Plan | None:
         def live(cache: int) -> int:  # vLLM's sequences may reach an eighth of the longest, then it puts some off

@@ -48,6 +48,7 @@ class MasterAdamW:
 
     def __init__(self, policy: torch.nn.Module, weight_decay: float = 0.01, offload: bool = False) -> None:
         self.params = {name: p for name, p in policy.named_parameters() if p.requires_grad}  # tied weights once
+        self.adapters = any(not p.requires_grad for p in policy.parameters())  # the model folder does not hold them
         self.offload, self.steps = offload, 0
         self.options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": weight_decay}
         self.options |= {"fused": True, "amsgrad": False, "maximize": False}
@@ -99,8 +100,8 @@ class MasterAdamW:
         return self.master[name].data_ptr() != self.params[name].data_ptr()
 
     def state_dict(self) -> dict:
-        """References, not copies: masters of bf16 parameters, both moments and the step count."""
-        masters = {name: master for name, master in self.master.items() if self._apart(name)}
+        """References, not copies: masters of bf16 parameters and of adapters, both moments and the step count."""
+        masters = {name: master for name, master in self.master.items() if self.adapters or self._apart(name)}
         return {"steps": self.steps, "master": masters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     @torch.no_grad()

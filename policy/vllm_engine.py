@@ -19,6 +19,7 @@ from packaging.version import Version
 from transformers import PreTrainedModel
 
 from policy.engine import Completion, Engine, SyncError, first_line
+from policy.lora import merged_weights, plain_shapes
 from policy.memory import PREFILL_TOKENS
 
 # First and last vLLM release whose weight reload this module knows; outside of it the engine refuses to start.
@@ -51,7 +52,7 @@ class VllmEngine(Engine):
         """
         vllm, on_gpu = import_vllm(), torch.cuda.is_available()
         super().__init__(policy, tokenizer, "cuda" if on_gpu else "cpu", max_model_len)
-        self.shapes = {name: tuple(weight.shape) for name, weight in policy.state_dict().items()}
+        self.shapes = plain_shapes(policy)
         self.can_sleep, self.asleep, self.fresh = sleep and on_gpu, False, False
         if on_gpu:
             # vLLM wants this share of the card to be free at start, even where the cache's size is given.
@@ -109,13 +110,13 @@ class VllmEngine(Engine):
         Raises ValueError before anything is touched where names or shapes are not those the engine was built for: vLLM
         does not recover from a failed reload. Raises SyncError where the prefix cache could not be dropped.
         """
-        weights = policy.state_dict()  # unlike named_parameters() it repeats a tied head, which CPU vLLM keeps apart
-        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        shapes = plain_shapes(policy)
         if shapes != self.shapes:
             name = min(shapes.items() ^ self.shapes.items())[0]
             raise ValueError(f"The policy is not the model the engine was built for: they differ in {name}.")
-        vocabulary = {name for name in weights if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
-        pushed = ((k, w[: self.vocab_size] if k in vocabulary else w) for k, w in weights.items())
+        vocabulary = {name for name in shapes if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+        # Unlike named_parameters() this repeats a tied head, which vLLM on a CPU keeps apart.
+        pushed = ((k, w[: self.vocab_size] if k in vocabulary else w) for k, w in merged_weights(policy))
         self.fresh = False
         self._wake("weights")
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pushed})

@@ -514,7 +514,7 @@ TOKENS = 192
 def by_hand(config, **more):
     """The table of a card with vLLM, in micro-batches of 4,096 tokens with checkpointing."""
     settings = dict(engine="vllm", device="cuda", width=2, rows=64, read=8192, sleep=True, again=True, offload=False)
-    return table(config, shape(config), **(settings | {"tokens": 4096, "cache": 0} | more))
+    return table(config, (*shape(config), shape(config)[0]), **(settings | {"tokens": 4096, "cache": 0} | more))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
