@@ -55,8 +55,8 @@ class Plan:
 
 
 def table(config, sizes, engine, device, width, rows, read, sleep, again, offload, tokens, cache) -> dict:
-    """Bytes of each part in the (training, rollout) phase, and their sums. `sizes`: `shape(config)`, then the parameters
-    that are trained; `width`: bytes of a weight; `rows`: sampled at a time; `read`: prompt tokens read at a time;
+    """Bytes of each part in the (training, rollout) phase, and their sums. `sizes`: `shape(config)`, then the trained
+    parameters; `width`: bytes of a weight; `rows`: sampled at a time; `read`: prompt tokens read at a time;
     `again`: with gradient checkpointing; `tokens`: of a micro-batch; `cache`: bytes. Autograd keeps of each layer two
     norms with fp32 copies, inputs and output (twice) of the attention, four inner vectors of the MLP."""
     (parameters, q, kv, trained), (context, own, heap), vllm = sizes, HOLD[device], engine == "vllm"
