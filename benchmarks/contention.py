@@ -1,6 +1,6 @@
 """How much slower is the demo while another program uses the second core?
 
-Runs a few steps of the embedded model, alone and beside one process that multiplies matrices, in turn and several times,
+Runs a few steps of the embedded model, alone and beside a process that multiplies matrices, in turn and several times,
 and prints the ratio of the medians of seconds per step. Threads that wait for each other by spinning made it 4 to 20;
 `policy/__init__.py` lets them sleep. `--spin` shows what it was (OMP_WAIT_POLICY=ACTIVE).
 
