@@ -414,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; the same command goes on from the responses that were written", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print("evaluate:", *str(error).split(), file=sys.stderr)  # on one line, also what libraries say
         return 2
     return 0
 
