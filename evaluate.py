@@ -30,7 +30,7 @@ from policy.dialogue import split_response
 from prompts import KINDS, Kind, load_kinds
 from suites.compare import compare, mean, pass_at_k, standard_error, summary
 from suites.judge_math import require_math_verify
-from suites.table import GROUPS, SUITES, EvalPlus, Item, Suite, expand, load_items, unpack
+from suites.table import GROUPS, SUITES, EvalPlus, Item, Suite, expand, load_items, read_samples
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation, resumable
@@ -172,35 +172,19 @@ def run_suites(
 
 
 def score_samples(name: str, path: Path, data_dir: Path, files: Mapping[str, Path], kinds: Mapping[str, Kind]) -> dict:
-    """Score somebody else's samples of one suite: lines with `task_id` and `solution` (taken as it is) or `completion`
-    (after EvalPlus's prompt; for CRUXEval in its own `assert f(...) == ...` form). Tasks that the file misses are left
-    out of the average, and their number is printed and recorded."""
+    """Score somebody else's samples of one suite (`read_samples`). Tasks that the file misses are left out of the
+    average, and their number is printed and recorded."""
     suite, items, about = load_items(name, data_dir, files, kinds)
-    known, rows, answers = {item.id: item for item in items}, [], []
-    for number, line in enumerate(unpack(path).split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            sample = dict(json.loads(line))
-            item, whole = known[str(sample["task_id"])], sample.get("solution") is not None
-            text = sample["solution" if whole else "completion"]
-            if not isinstance(text, str):
-                raise TypeError("a list" if isinstance(text, list) else type(text).__name__)
-        except (ValueError, KeyError, TypeError) as error:
-            need = f"a task_id of {name}, and one text as solution or completion"
-            raise ValueError(f"{path}, line {number}: each line needs {need} ({error!r}).") from None
-        answers.append(text if whole else suite.completion(item, text))
-        rows.append((item, {"response": text, "truncated": False, "tokens": 0}))
-    if not rows:
-        raise ValueError(f"{path} has no sample of {name}.")
-    counts = Counter(item.id for item, _ in rows)
+    samples = read_samples(path, name, suite, items)
+    rows = [(item, {"response": text, "truncated": False, "tokens": 0}) for item, text, _ in samples]
+    counts = Counter(item.id for item, _, _ in samples)
     fewest, most = min(counts.values()), max(counts.values())
     if missing := len(items) - len(counts):
         print(f"note: {path} has {len(counts)} of the {len(items)} tasks of {name}; the other {missing} do not count")
     if fewest < most:
         print(f"note: {path} has {fewest} to {most} samples of a task: each task counts alike, pass@k ends at {fewest}")
     header = {"samples": fewest, "template": f"samples of {path.name}", "missing": missing}
-    return make_record(suite, name, rows, answers, header | about, None, True)
+    return make_record(suite, name, rows, [answer for _, _, answer in samples], header | about, None, True)
 
 
 def make_record(suite: Suite, name: str, rows, answers, header: dict, executor, progress: bool) -> dict:
@@ -414,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; the same command goes on from the responses that were written", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print("evaluate:", *str(error).split(), file=sys.stderr)  # on one line, also what libraries say
         return 2
     return 0
 

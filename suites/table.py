@@ -306,6 +306,28 @@ def load_items(
         raise ValueError(f"{about['data']} is not the data of {name} ({error!r} in a line): get them again.") from None
 
 
+def read_samples(path: Path, name: str, suite: Suite, items: Sequence[Item]) -> list[tuple[Item, str, str | None]]:
+    """(item, text, answer) of each line of a samples file: `task_id` and `solution` (the answer as it is) or
+    `completion` (after EvalPlus's prompt; for CRUXEval in its own `assert f(...) == ...` form). Raises ValueError."""
+    known, samples = {item.id: item for item in items}, []
+    for number, line in enumerate(unpack(path).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            sample = dict(json.loads(line))
+            item, whole = known[str(sample["task_id"])], sample.get("solution") is not None
+            text = sample["solution" if whole else "completion"]
+            if not isinstance(text, str):
+                raise TypeError(f"{type(text).__name__} instead of text")
+        except (ValueError, KeyError, TypeError) as error:
+            need = f"a task_id of {name}, and one text as solution or completion"
+            raise ValueError(f"{path}, line {number}: each line needs {need} ({error!r}).") from None
+        samples.append((item, text, text if whole else suite.completion(item, text)))
+    if not samples:
+        raise ValueError(f"{path} has no sample of {name}.")
+    return samples
+
+
 def load_from_hub(name: str, suite: Suite, data_dir: Path) -> list[dict]:
     """The rows of a suite that is on the hub. Raises FileNotFoundError that says where to get its file."""
     missing = f"The data of {name} are missing: put {suite.file} (or {suite.file}.gz) into {data_dir}"
