@@ -6,7 +6,7 @@ fills a part of one table (check -> result), and raises in one sentence at the f
 What it leaves out: whether the model is strong enough (seeding finds out).
 
     rows = inspect_config(config, hf_config)
-    prompts, more = inspect_tokenizer(config, tokenizer)
+    prompts, more = inspect_tokenizer(config, tokenizer, fresh=True)
     rows |= more | rehearse(policy, tokenizer, engine, optimizer.clear, prompts)
 """
 
@@ -44,9 +44,9 @@ def inspect_config(config: Config, hf_config) -> dict[str, str]:
     return {"lengths": f"{wanted} positions of {most or 'any number'}"}
 
 
-def inspect_tokenizer(config: Config, tokenizer) -> tuple[list[list[int]], dict[str, str]]:
+def inspect_tokenizer(config: Config, tokenizer, fresh: bool) -> tuple[list[list[int]], dict[str, str]]:
     """The ids of the shortest prompt of each (role, kind) cell: about the given tasks, without references; and what
-    was checked. Raises ValueError where they do not fit."""
+    was checked. Raises ValueError where a `fresh` run has no room for them."""
     buffers = {name: Buffer(1, kind.key) for name, kind in config.buffered.items()}
     for name, kind in config.buffered.items():
         buffers[name].add(kind.zero())
@@ -55,20 +55,35 @@ def inspect_tokenizer(config: Config, tokenizer) -> tuple[list[list[int]], dict[
         references = kind.references(buffers, 0, random.Random(0))
         asked += [kind.propose(references, config.inputs), kind.solve(kind.zero())]
     prompts = [tokenizer.encode(wrap(turns, tokenizer, config.template), add_special_tokens=False) for turns in asked]
-    if (longest := max(map(len, prompts))) > config.max_prompt:
+    longest = max(map(len, prompts))
+    if fresh and longest > config.max_prompt:
         short = f"--max-prompt {config.max_prompt} is too short for a prompt of {longest} tokens"
         raise ValueError(f"{short}; raise it, or train a model with more positions")
     return prompts, {"dialogue": f"{len(prompts)} {config.template} prompts of up to {longest} tokens and more"}
 
 
-def rehearse(policy, tokenizer, engine: Engine, clear: Callable, prompts: list[list[int]]) -> dict[str, str]:
-    """The results of all that needs the weights, which stay as they are. `clear` forgets the optimizer's gradients.
+def rehearse(
+    policy, tokenizer, engine: Engine, clear: Callable, prompts: list[list[int]], saved=False
+) -> dict[str, str]:
+    """What was checked with the weights, which stay as they are; raises as `compare` and `save_without_weights`.
+    `saved`: the policy was read from a checkpoint, so that one can be written."""
+    difference, saving = compare(engine, policy, prompts, clear), "config, generation config and tokenizer"
+    if not saved:
+        save_without_weights(policy, tokenizer, prompts[0])
+    return {
+        "update": f"logprobs of replies to {len(prompts)} prompts differ by {difference:.1e} nats from the engine's",
+        "saving": f"{saving} {'were' if saved else 'can be'} read back",
+    }
 
-    Raises SyncError where the update computes other log-probabilities than the engine, ValueError where the model fails
-    in another way or cannot be saved."""
+
+def compare(engine: Engine, policy, prompts: list[list[int]], clear: Callable) -> float:
+    """Mean |engine logprob - logprob that the update computes| in nats over tokens sampled from `prompts`. The update
+    is a whole one, with an optimizer that takes no step: `clear` forgets the gradients.
+
+    Finds stale weights, a head that was not pushed, logits that the update does not make as the model does. Raises
+    SyncError above the limit and for a policy whose probabilities are no numbers, ValueError for what else fails."""
     try:
         answers = [answer for [answer] in engine.generate(prompts, max_new_tokens=16, seed=0, logprobs=True)]
-        sampled = [answer.logprobs for answer in answers]
         engine.sleep()
         samples = [trr.Sample(ids, a.token_ids, 1.0, a.logprobs) for ids, a in zip(prompts, answers, strict=True)]
         pretence = SimpleNamespace(step=lambda lr, grad_clip: clear() or 0.0, clear=clear)
@@ -81,8 +96,14 @@ def rehearse(policy, tokenizer, engine: Engine, clear: Callable, prompts: list[l
         raise ValueError(f"a {kind} model cannot be trained here ({first_line(error)}); use another --model") from error
     if math.isnan(result.entropy):
         raise SyncError("The policy's probabilities are no numbers, its weights are damaged: use another --model.")
-    agree(engine, math.nan if math.isnan(sum(map(sum, sampled))) else result.mismatch)
+    unknown = any(math.isnan(logprob) for answer in answers for logprob in answer.logprobs)
+    agree(engine, math.nan if unknown else result.mismatch)
     engine.sync(policy)
+    return result.mismatch
+
+
+def save_without_weights(policy, tokenizer, prompt: list[int]) -> None:
+    """Raise ValueError unless a checkpoint of this model could be written and read back."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             policy.save_pretrained(folder, state_dict={})
@@ -90,17 +111,10 @@ def rehearse(policy, tokenizer, engine: Engine, clear: Callable, prompts: list[l
             again = load_tokenizer(folder, load_config(folder))
             ends = GenerationConfig.from_pretrained(folder).eos_token_id
         except (*LOAD_ERRORS, AssertionError) as error:
-            raise ValueError(
-                f"a checkpoint of this model cannot be saved ({first_line(error)}); mend its files"
-            ) from error
-        text = tokenizer.decode(prompts[0])
-        if again.encode(text) != tokenizer.encode(text) or ends != policy.generation_config.eos_token_id:
-            raise ValueError("this model's tokenizer reads another text after it was saved; use another --model")
-    tokens = sum(len(answer.token_ids) for answer in answers)
-    return {
-        "update": f"logprobs of {tokens} tokens differ from the engine's by {result.mismatch:.1e} nats on average",
-        "saving": "config, generation config and tokenizer can be read back",
-    }
+            raise ValueError(f"this model cannot be saved ({first_line(error)}); mend its config.json") from error
+    text = tokenizer.decode(prompt)
+    if again.encode(text) != tokenizer.encode(text) or ends != policy.generation_config.eos_token_id:
+        raise ValueError("this model's tokenizer or generation config is another after saving; use another --model")
 
 
 def agree(engine: Engine, mismatch: float | None) -> None:

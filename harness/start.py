@@ -44,7 +44,9 @@ from policy.speed import DEVICES, estimate_seconds
 # Before a run
 
 
-def describe(config: Config, card: float = 0.0) -> tuple[memory.Plan, Config, list[list[int]], dict[str, str]]:
+def describe(
+    config: Config, card: float = 0.0, fresh=True
+) -> tuple[memory.Plan, Config, list[list[int]], dict[str, str]]:
     """Print which engine, device and type a run uses, how many rollouts a step makes, and what memory and time to
     expect; `card`: GB of a card that is not here. Raises ValueError for a model that cannot be had, does not fit or
     fails a check. Returns the plan, the configuration without "auto", the prompts to check weights with, the results.
@@ -55,7 +57,7 @@ def describe(config: Config, card: float = 0.0) -> tuple[memory.Plan, Config, li
     if not card:  # a config is enough to plan for another machine
         tokenizer = load_tokenizer(config.model, hf_config)
         config = replace(config, template=choose_template(config, tokenizer))
-        prompts, more = inspect_tokenizer(config, tokenizer)
+        prompts, more = inspect_tokenizer(config, tokenizer, fresh)
         checked |= more
     engine = "vllm" if card and config.engine == "auto" else choose_engine(config.engine)
     host, given, cells = free_host_bytes(), config.memory * GB, len(config.kinds) * config.batch
@@ -140,7 +142,7 @@ def start(config: Config, resume: str | None) -> dict:
     if sys.platform == "win32":
         raise ValueError("azr needs Linux or macOS: the executor has no way to contain programs on Windows; use WSL")
     executor = Executor()  # first: its servers must start before this process touches the GPU
-    plan, used, prompts, checked = describe(config)
+    plan, used, prompts, checked = describe(config, fresh=not resume)
     folder = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{Path(config.model).name}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose another --out")
@@ -161,7 +163,7 @@ def start(config: Config, resume: str | None) -> dict:
     elif resume:  # stopped before the first checkpoint: nothing in the logs counts
         for log in checkpoint.LOGS:
             (folder / log).unlink(missing_ok=True)
-    checked |= rehearse(policy, tokenizer, engine, optimizer.clear, prompts)
+    checked |= rehearse(policy, tokenizer, engine, optimizer.clear, prompts, saved is not None)
     print(f"checked: {', '.join(checked)} ({checked['update']})")
     folder.mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}

@@ -21,8 +21,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from harness.check import compare
 from policy import load, memory, speed, transformers_engine, vllm_engine
-from policy.engine import Completion, SyncError, check_sync
+from policy.engine import Completion, SyncError
 from policy.load import load_policy, make_engine, resolve_model
 from policy.memory import PREFILL_TOKENS, plan, table
 from policy.speed import estimate_seconds, shape
@@ -296,7 +297,7 @@ def test_engine_follows_an_optimizer_step_without_sync(loaded):
     step(policy, prompts[0])
     engine.sync(policy)
     assert engine.generate(prompts, max_new_tokens=20, seed=0) != before
-    assert check_sync(engine, policy, prompts) < 1e-5
+    assert compare(engine, policy, prompts, policy.zero_grad) < 1e-5
     with pytest.raises(ValueError, match="built with"):
         engine.sync(LlamaForCausalLM(policy.config))
 
@@ -317,14 +318,14 @@ def test_bfloat16_compute(loaded, model_path):
     exact = policy_logprobs(loaded[0], prompts[0], half.token_ids)
     distance = (torch.tensor(half.logprobs) - exact).abs().mean()
     assert 1e-5 < distance < 0.1  # rounded, yet the same model
-    assert check_sync(engine, policy, prompts) < 0.05  # check_sync computes as the engine does
+    assert compare(engine, policy, prompts, policy.zero_grad) < 0.05  # the update computes as the engine does
 
 
-def test_check_sync_stops_an_engine_that_samples_from_other_weights(model_path, tmp_path):
+def test_the_check_stops_an_engine_that_samples_from_other_weights(model_path, tmp_path):
     engine = engine_of(load_policy(str(model_path), "cpu", "float32"))
     other, _ = load_policy(str(build_model(tmp_path, seed=1)), "cpu", "float32")
     with pytest.raises(SyncError, match="weights are stale"):
-        check_sync(engine, other, prompts_of([9, 14]))
+        compare(engine, other, prompts_of([9, 14]), other.zero_grad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,7 +400,7 @@ def test_weights_that_are_no_numbers_are_called_so(tmp_path):
         next(policy.parameters()).fill_(math.nan)
     engine = make_engine("transformers", str(folder), policy, tokenizer, max_model_len=64)
     with pytest.raises(SyncError, match="no numbers"):
-        check_sync(engine, policy, prompts_of([9, 14]))
+        compare(engine, policy, prompts_of([9, 14]), policy.zero_grad)
 
 
 def test_an_engine_without_numbers_does_not_pass_for_a_damaged_policy(loaded, model_path, monkeypatch):
@@ -407,7 +408,7 @@ def test_an_engine_without_numbers_does_not_pass_for_a_damaged_policy(loaded, mo
     answers = [[Completion([5, 6], [math.nan, math.nan], True)]]
     monkeypatch.setattr(engine, "generate", lambda *_, **__: answers)
     with pytest.raises(SyncError, match="weights are stale"):
-        check_sync(engine, loaded[0], prompts_of([9]))
+        compare(engine, loaded[0], prompts_of([9]), loaded[0].zero_grad)
 
 
 def test_load_policy_gives_device_and_dtype(model_path):
@@ -728,13 +729,13 @@ def test_vllm_follows_an_update_and_a_missing_sync_is_found(vllm):
     engine, policy, _ = vllm
     engine.sync(policy)
     prompts = prompts_of([100, 120, 130])  # several blocks long: stale prefixes would be found in the cache
-    assert check_sync(engine, policy, prompts) < 1e-4
+    assert compare(engine, policy, prompts, policy.zero_grad) < 1e-4
     for _ in range(3):
         step(policy, prompts[0])
     with pytest.raises(SyncError, match="weights are stale"):
-        check_sync(engine, policy, prompts)
+        compare(engine, policy, prompts, policy.zero_grad)
     engine.sync(policy)
-    assert check_sync(engine, policy, prompts) < 1e-4  # embeddings are tied: the head was pushed, too
+    assert compare(engine, policy, prompts, policy.zero_grad) < 1e-4  # embeddings are tied: the head was pushed, too
     [answers] = engine.generate(prompts[:1], max_new_tokens=40, n=8, seed=2, logprobs=True)
     for answer in answers:
         expected = policy_logprobs(policy, prompts[0], answer.token_ids)

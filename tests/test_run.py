@@ -344,7 +344,8 @@ def test_out_of_memory_names_the_flag_to_lower_and_leaves_the_checkpoint(
     """The error is the allocator's own, raised in the middle of a step."""
     shutil.copytree(whole_run, tmp_path / "r", symlinks=True)
     with monkeypatch.context() as patch:
-        patch.setattr(place, lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
+        fail, train = lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8), azr.train  # not yet in the check
+        patch.setattr(azr, "train", lambda run: (patch.setattr(place, fail), train(run)))
         assert azr.main(["--resume", str(tmp_path / "r"), "--steps", "4"]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(f"out of memory in {words} .*--max-response, then --resume", message)

@@ -464,10 +464,10 @@ def test_update_rejects_bad_input(sample, options, message):
         update(policy, MasterAdamW(policy), [sample], lr=1e-3, **options)
 
 
-def test_models_that_rescale_their_logits_are_refused():
+def test_models_that_cap_their_logits_are_refused():
     policy = tiny_policy()
-    policy.config.logits_scaling = 4.0
-    with pytest.raises(ValueError, match="rescales"):
+    policy.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="caps its logits"):
         update(policy, MasterAdamW(policy), some_samples(), lr=1e-3)
 
 
