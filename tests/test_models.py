@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PretrainedConfig
+from transformers.utils.logging import disable_progress_bar
 
 import azr
 import evaluate
@@ -21,7 +22,7 @@ from policy.transformers_engine import TransformersEngine
 from prompts import KINDS
 from trr import Sample, update
 
-HERE = Path(__file__).resolve().parent.parent
+disable_progress_bar()
 SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
 LENGTHS = ["--max-prompt", "1000", "--max-response", "8"]
 SMALL = ["--batch", "2", "--rollouts", "2", "--seed-factor", "1", "--inputs", "4", "--engine", "transformers"]
