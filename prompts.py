@@ -25,7 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from buffers import Buffer, Task, hash_texts, program_digest
-from policy.dialogue import arguments, fenced_blocks, find_program, syntax
+from policy.dialogue import arguments, bare, fenced_blocks, find_program, syntax
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a task type is
@@ -155,7 +155,7 @@ def answer_block(answer: str, label: str) -> str:
     """The last block with the label that the prompt names, else the last block, else the whole answer."""
     blocks = fenced_blocks(answer)
     named = [content for found, content in blocks if found == label]
-    return named[-1] if named else blocks[-1][1] if blocks else answer
+    return bare(named[-1] if named else blocks[-1][1] if blocks else answer, label)
 
 
 class OneInput(Kind):
@@ -267,7 +267,7 @@ class Deduction(OneInput):
     )
 
     def parse_answer(self, answer: str) -> str | None:
-        return answer_block(answer, "output").strip() or None
+        return answer_block(answer, "output") or None
 
     def verify(self, executor, pairs, progress=None) -> list:
         return executor.compare([(task.outputs[0], answer) for task, answer in pairs])
@@ -372,7 +372,7 @@ class Induction(Kind):
     def parse_answer(self, answer: str) -> str | None:
         blocks = fenced_blocks(answer)
         plain = [content for label, content in blocks if label not in ("input", "output", "message")]
-        return find_program(blocks) or (plain[-1].strip("\n") or None if plain else None)
+        return find_program(blocks or [("", answer)]) or (plain[-1].strip("\n") or None if plain else None)
 
     def verify(self, executor, pairs, progress=None) -> list:
         jobs = [(answer, task.hidden_inputs, task.hidden_outputs) for task, answer in pairs]

@@ -30,7 +30,7 @@ from harness import checkpoint
 from harness.config import Config
 from harness.metrics import Watch
 from policy import memory
-from policy.dialogue import wrap
+from policy.dialogue import choose_tags, wrap
 from policy.engine import SyncError, check_sync, first_line
 from policy.load import choose_engine, load_config, load_policy, make_engine
 from policy.logprobs import ran_out_of_memory
@@ -129,6 +129,7 @@ def start(config: Config, resume: str | None) -> dict:
     saved = checkpoint.find(folder) if resume else None
     policy, tokenizer = load_policy(str(saved or config.model), device, dtype)
     template = choose_template(config, tokenizer)
+    tags = ",".join(choose_tags(config.tags, tokenizer, template))
     if plan.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     optimizer = MasterAdamW(policy, weight_decay=config.weight_decay, offload=plan.offload_optimizer)
@@ -155,13 +156,19 @@ def start(config: Config, resume: str | None) -> dict:
             (folder / log).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    about = {"config": asdict(config), "template": template, "engine": engine.name, "sandbox": executor.layers}
+    about = {
+        "config": asdict(config),
+        "template": template,
+        "tags": tags,
+        "engine": engine.name,
+        "sandbox": executor.layers,
+    }
     about["versions"] = versions | {"python": platform.python_version()}
     checkpoint.write_atomically(folder / "config.json", json.dumps(about, indent=1))
     return {
-        "config": replace(config, template=template), "folder": folder, "policy": policy, "tokenizer": tokenizer,
-        "engine": engine, "optimizer": optimizer, "executor": executor, "plan": plan, "buffers": buffers,
-        "watch": watch, "step": step, "saved": step if saved else -1,
+        "config": replace(config, template=template, tags=tags), "folder": folder, "policy": policy,
+        "tokenizer": tokenizer, "engine": engine, "optimizer": optimizer, "executor": executor, "plan": plan,
+        "buffers": buffers, "watch": watch, "step": step, "saved": step if saved else -1,
     }  # fmt: skip
 
 
