@@ -216,11 +216,8 @@ def generate(run: Run, name: str, wanted: list[Rollout], step: int) -> list[Roll
             logprobs=[not run.engine.is_policy and item.trains for item in wanted],
             progress=report.token_rate(bar),
         )
-    answered = [
-        replace(item, completion=completion, count=1)
-        for item, group in zip(wanted, completions, strict=True)
-        for completion in group
-    ]
+    pairs = zip(wanted, completions, strict=True)
+    answered = [replace(item, completion=completion, count=1) for item, group in pairs for completion in group]
     for item in answered:
         item.response = response_text(item.completion.token_ids, run.tokenizer, run.engine.eos)
         item.parts = split_response(item.response, tags=run.config.tag_names)

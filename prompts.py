@@ -4,7 +4,8 @@ What it does: one object per task type (`Kind`) holds everything that depends on
 the parsers of their replies, and the two questions to the executor (is this proposal a task? is this answer right?).
 A parser is the inverse of its prompt: both name the same fences, and the tests build a response and parse it back.
 `load_kinds` adds the kinds of a file; `examples/` shows two.
-What it leaves out: judging. Nothing here runs a program; the executor comes in as an argument.
+What it leaves out: judging. Nothing here runs a program; the executor comes in as an argument. And guessing: a value in
+a sentence, two values, typographic quotes, an array are no answers (docs/reading.md: what is read, what is not).
 Paper: section 3.2 (tasks and prompts) and its appendix; the wording is this project's own. Two deliberate differences:
 the difficulty criteria of abduction and deduction stand with the task they belong to (the official prompts have them
 swapped), and a prompt promises only what the code enforces.

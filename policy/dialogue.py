@@ -135,7 +135,7 @@ def inspect_dialogue(tokenizer, template: str, tags: Tags = TAGS) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a response. Any text may come in; nothing here raises on it.
 
-QUOTED = r"""(?<!\w)[bBfFrRuU]{0,2}(['"])(?:\\.|(?!\1)[^\\\n])*\1(?!\w)"""  # a string literal within a line
+QUOTED = r"""(?<![\w\\])[bBfFrRuU]{0,2}(['"])(?:\\.|(?!\1)[^\\\n])*\1(?!\w)"""  # a string literal within a line
 SPACES, UNSEEN = "\u00a0\u202f", "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060\u00ad"
 
 
@@ -183,8 +183,8 @@ def split_response(response: str, prefilled: bool = True, tags: Tags = TAGS) -> 
     return Parts(thought.strip(), text[slice(*pair.span(1))].strip("\n"), False)
 
 
-FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})(?!.*\2)[ \t]*(.*)|(?:.*[\s:])()(```|~~~)([A-Za-z][\w.+#-]*)[ \t]*")
-ONE_LINE = re.compile(r"(`{3,}|~{3,})(?![`~])\s*(?:([A-Za-z][\w.+#-]*):?\s+)?(\S.*?)\s*\1")
+FENCE = re.compile(r"([ \t]*)(`{3,}+|~{3,}+)(?!.*\2)[ \t]*(.*)|(?:.*[\s:])()(```|~~~)([A-Za-z][\w.+#-]*)[ \t]*")
+ONE_LINE = re.compile(r"(?<![`~])(`{3,}+|~{3,}+)\s*(?:([A-Za-z][\w.+#-]*):?\s+)?(\S.*?)\s*\1")
 
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
@@ -256,7 +256,7 @@ def arguments(text: str) -> str:
                 call = call.left if isinstance(call, ast.Compare) and isinstance(call.ops[0], ast.Eq) else call
                 named = isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "f"
                 if named and not re.match(GOES_ON, text[end:]):
-                    return ast.get_source_segment(text, call).partition("(")[2][:-1].strip()
+                    return ast.get_source_segment(text[:end], call).partition("(")[2][:-1].strip()
         break
     return text
 

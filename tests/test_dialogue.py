@@ -13,6 +13,7 @@ import evaluate
 from buffers import save_tasks
 from harness.config import parse
 from harness.start import start
+from policy import vllm_engine
 from policy.dialogue import (
     ASSISTANT,
     PREAMBLE,
@@ -31,6 +32,7 @@ from policy.dialogue import (
     wrap,
 )
 from policy.engine import Completion
+from policy.load import load_policy, make_engine
 from prompts import KINDS
 from sandbox.literals import BadLiteral, parse_literal
 from suites.extract import extract_assert, extract_code, extract_math
@@ -78,7 +80,7 @@ def folder_of(path, bos=False, template=None, tags=(), special=True, **more):
     tokenizer.save_pretrained(path)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
@@ -172,6 +174,24 @@ def test_tags_that_are_tokens_survive_and_the_end_token_goes(tmp_path, special):
     more = f"{reply}<|im_end|>\n<|im_start|>user"
     assert response_text(tokenizer.encode(more, add_special_tokens=False), tokenizer, [1]) == reply
     inspect_dialogue(tokenizer, "plain")
+
+
+@pytest.mark.parametrize("name", ["transformers", "vllm"])
+def test_a_stop_string_that_is_a_special_token_ends_a_response_in_both_engines(tmp_path, name):
+    if name == "vllm":
+        try:
+            vllm_engine.import_vllm()
+        except RuntimeError as error:
+            pytest.skip(str(error))
+    policy, tokenizer = load_policy(str(folder_of(tmp_path, tags=TAG_TOKENS)), "cpu", "float32")
+    engine, end = make_engine(name, str(tmp_path), policy, tokenizer, max_model_len=256), "<|im_end|>"
+    prompt = encode("One?", tokenizer)
+    [found] = engine.generate([prompt], max_new_tokens=200, n=64, seed=0, stop=STOP)
+    whole = [tokenizer.decode(one.token_ids) for one in found]
+    ended = [text for text, one in zip(whole, found, strict=True) if one.stopped and text.endswith(end)]
+    assert ended and all(text.count(end) == (text in ended) for text in whole)
+    texts = [response_text(one.token_ids, tokenizer, engine.eos) for one in found]
+    assert not any(end in text for text in texts) and any("<think>" in text for text in texts)
 
 
 def test_text_is_not_tidied(tmp_path):
