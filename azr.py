@@ -24,7 +24,7 @@ import evaluate
 from buffers import Buffer, Task, load_tasks, save_tasks
 from executor import Executor
 from harness.config import Config, parse
-from policy.dialogue import Parts, split_response, wrap
+from policy.dialogue import STOP, Parts, encode, response_text, split_response, wrap
 from prompts import KINDS, Kind
 
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
@@ -146,8 +146,8 @@ def proposal_prompt(run: Run, kind: Kind, rng: random.Random, step: int) -> Roll
 
 
 def make_rollout(run: Run, role: str, kind: str, step: int, turns: list[str], **more) -> Rollout:
-    prompt = wrap(turns, run.tokenizer, run.config.template)
-    return Rollout(role, kind, step, prompt, run.tokenizer.encode(prompt, add_special_tokens=False), **more)
+    prompt = wrap(turns, run.tokenizer, run.config.template, tags=run.config.tag_names)
+    return Rollout(role, kind, step, prompt, encode(prompt, run.tokenizer), **more)
 
 
 def validate(run: Run, proposals: list[Rollout], seeding: list[Kind] | None = None) -> None:
@@ -213,17 +213,15 @@ def generate(run: Run, name: str, wanted: list[Rollout], step: int) -> list[Roll
             n=[item.count for item in wanted],
             max_new_tokens=run.config.max_response,
             seed=run.rng(step, name).getrandbits(31),
+            stop=STOP,
             logprobs=[not run.engine.is_policy and item.trains for item in wanted],
             progress=report.token_rate(bar),
         )
-    answered = [
-        replace(item, completion=completion, count=1)
-        for item, group in zip(wanted, completions, strict=True)
-        for completion in group
-    ]
+    pairs = zip(wanted, completions, strict=True)
+    answered = [replace(item, completion=completion, count=1) for item, group in pairs for completion in group]
     for item in answered:
-        item.response = run.tokenizer.decode(item.completion.token_ids, skip_special_tokens=True)
-        item.parts = split_response(item.response)
+        item.response = response_text(item.completion.token_ids, run.tokenizer, run.engine.eos)
+        item.parts = split_response(item.response, tags=run.config.tag_names)
     return answered
 
 

@@ -21,12 +21,13 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from policy.dialogue import split_response
+from policy.dialogue import TAGS, Tags, choose_tags, encode, read_tags, response_text, split_response
 from prompts import KINDS, Kind, load_kinds
 from suites.compare import compare, mean, pass_at_k, standard_error, summary
 from suites.judge_math import require_math_verify
@@ -84,7 +85,7 @@ def generate(engine, tokenizer, suite: Suite, items: list[Item], header: dict, p
     sampling = {"temperature": header["temperature"], "top_p": header["top_p"], "max_new_tokens": header["max_tokens"]}
     for start in range(0, len(items), size):
         chunk = [i for i in range(start, min(start + size, len(items))) if len(done.get(items[i].id, ())) < samples]
-        encoded = {i: tokenizer.encode(prompts[i], add_special_tokens=False) for i in chunk}
+        encoded = {i: encode(prompts[i], tokenizer) for i in chunk}
         fits = [i for i in chunk if len(encoded[i]) < engine.max_model_len]
         wanted = [encoded[i] for i in fits]
         found = engine.generate(wanted, n=samples, seed=header["seed"] + start, stop=stop, **sampling)
@@ -92,8 +93,7 @@ def generate(engine, tokenizer, suite: Suite, items: list[Item], header: dict, p
         for i, completions in zip(fits, found, strict=True):
             done[items[i].id] = []
             for one in completions:
-                text = tokenizer.decode(one.token_ids, skip_special_tokens=True)
-                text = text[: min([place for place in map(text.find, stop) if place >= 0], default=len(text))]
+                text = response_text(one.token_ids, tokenizer, engine.eos, stop)
                 row = {"response": text, "tokens": len(one.token_ids), "truncated": not one.stopped}
                 done[items[i].id].append(row)
         if path:
@@ -120,6 +120,7 @@ def run_suites(
     files: Mapping[str, Path] | None = None,
     limit: int | None = None,
     template: str = "plain",
+    tags: Tags = TAGS,
     samples: int = 1,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -140,20 +141,22 @@ def run_suites(
     records = {}
     for spec, name, own_limit in expand(specs):
         suite, items, header = load_items(name, Path(data_dir), files or {}, kinds)
-        items = items[: own_limit or limit]
+        suite, items = replace(suite, tags=tags), items[: own_limit or limit]
         stem = Path(suite.file).stem if suite.group == "code" else stem_of(name)  # humaneval and humaneval+ share one
         path = Path(out_dir, "responses", f"{stem}.jsonl") if out_dir else None
         if engine is None:
             if not (path and path.is_file()):
                 raise ValueError(f"There are no responses of {name} at {path}: generate them first, or check --out.")
             header, done = read_responses(path, header)
+            suite = replace(suite, tags=read_tags(header.get("tags", "auto")))
             items = [item for item in items if len(done.get(item.id, ())) >= header["samples"]]
             if not items:
                 raise ValueError(f"{path} has no response to any item of {name}: generate first.")
         else:
             longest = min(suite.max_tokens, max_tokens or suite.max_tokens)
             header |= {"model": model, "template": suite.template(template, tokenizer), "max_tokens": longest,
-                       "samples": samples, "temperature": temperature, "top_p": top_p, "seed": seed}  # fmt: skip
+                       "tags": ",".join(tags), "samples": samples, "temperature": temperature, "top_p": top_p,
+                       "seed": seed}  # fmt: skip
             if model:
                 header |= {"weights": fingerprint(model), "engine": engine.name, "dtype": engine.dtype,
                            "max_model_len": engine.max_model_len}  # fmt: skip
@@ -171,10 +174,13 @@ def run_suites(
     return records
 
 
-def score_samples(name: str, path: Path, data_dir: Path, files: Mapping[str, Path], kinds: Mapping[str, Kind]) -> dict:
+def score_samples(
+    name: str, path: Path, data_dir: Path, files: Mapping[str, Path], kinds: Mapping[str, Kind], tags: Tags = TAGS
+) -> dict:
     """Score somebody else's samples of one suite (`read_samples`). Tasks that the file misses are left out of the
     average, and their number is printed and recorded."""
     suite, items, about = load_items(name, data_dir, files, kinds)
+    suite = replace(suite, tags=tags)
     samples = read_samples(path, name, suite, items)
     rows = [(item, {"response": text, "truncated": False, "tokens": 0}) for item, text, _ in samples]
     counts = Counter(item.id for item, _, _ in samples)
@@ -216,7 +222,7 @@ def make_record(suite: Suite, name: str, rows, answers, header: dict, executor, 
     ks = [k for k in (2, 4, 8, 16, 32, 64) if k <= min(map(len, by_item.values()))]
     record["pass_at"] = {str(k): mean(pass_at_k(len(v), int(sum(v)), k) for v in by_item.values()) for k in ks}
     if suite.group == "reasoning":
-        parts = [split_response(row["response"]) for _, row in rows]
+        parts = [split_response(row["response"], tags=suite.tags) for _, row in rows]
         record["formatted"] = mean(part.formatted for part in parts)
         record["reasons_first"] = mean(bool(part.think) for part in parts)
         record["groups"] = {g: {"accuracy": mean(v), "n": len(v)} for g, v in sorted(groups.items())}
@@ -231,8 +237,8 @@ def during_training(run) -> dict[str, float]:
     for temperature in (0.0, 1.0) if run.step in (0, config.steps) else (0.0,):
         records = run_suites(
             config.eval_suites.split(","), run.engine, run.tokenizer, run.executor, data_dir=config.eval_data,
-            kinds=config.kinds, template=config.template, temperature=temperature, seed=config.seed,
-            max_tokens=config.eval_max_tokens or config.max_response,
+            kinds=config.kinds, template=config.template, tags=config.tag_names, temperature=temperature,
+            seed=config.seed, max_tokens=config.eval_max_tokens or config.max_response,
         )  # fmt: skip
         for suite, record in records.items():
             name = f"{'eval-t1' if temperature else 'eval'}/{Path(suite).stem}"
@@ -316,6 +322,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     add("--template", default="plain", choices=("plain", "chat", "boxed"), help="tags as text (paper), in a chat turn; "
         "boxed: mathematics in a bare chat turn")  # fmt: skip
+    add("--tags", default="auto", help="names of the think and answer tag, as azr.py --tags")
     add("--limit", type=int, help="first N items of each suite")
     add("--samples", type=int, default=1, help="responses per item (avg@N, pass@k)")
     add("--temperature", type=float, default=0.0)
@@ -337,6 +344,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not (args.model or args.score_only or args.samples_file):
         raise ValueError("Give --model, or --score-only, or --samples-file.")
     args.specs, args.kinds = args.suites.split(","), load_kinds(args.tasks)
+    read_tags(args.tags)  # raises for what cannot be meant
     if args.samples_file and len(expand(args.specs)) != 1:
         raise ValueError("--samples-file holds samples of one suite: name exactly one in --suites.")
     args.files = {name: Path(path) for name, _, path in (given.partition("=") for given in args.file)}
@@ -379,14 +387,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep = partial(write_results, target)
         if args.samples_file:
             [(_, name, _)] = expand(args.specs)
-            records = {name: score_samples(name, args.samples_file, args.data, args.files, args.kinds)}
+            tags = read_tags(args.tags)
+            records = {name: score_samples(name, args.samples_file, args.data, args.files, args.kinds, tags)}
             keep(records)
         else:
             check_data(args.specs, args.data, args.files, args.kinds)
             engine, tokenizer = (None, None) if args.score_only else open_engine(args)
+            tags = choose_tags(args.tags, tokenizer, args.template) if tokenizer else TAGS
             records = run_suites(
                 args.specs, engine, tokenizer, data_dir=args.data, kinds=args.kinds, out_dir=args.out, files=args.files,
-                limit=args.limit, template=args.template, samples=args.samples, temperature=args.temperature,
+                limit=args.limit, template=args.template, tags=tags, samples=args.samples, temperature=args.temperature,
                 top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed, model=args.model, progress=True,
                 keep=keep,
             )  # fmt: skip

@@ -4,7 +4,8 @@ What it does: one object per task type (`Kind`) holds everything that depends on
 the parsers of their replies, and the two questions to the executor (is this proposal a task? is this answer right?).
 A parser is the inverse of its prompt: both name the same fences, and the tests build a response and parse it back.
 `load_kinds` adds the kinds of a file; `examples/` shows two.
-What it leaves out: judging. Nothing here runs a program; the executor comes in as an argument.
+What it leaves out: judging. Nothing here runs a program; the executor comes in as an argument. And guessing: a value in
+a sentence, two values, typographic quotes, an array are no answers (docs/reading.md: what is read, what is not).
 Paper: section 3.2 (tasks and prompts) and its appendix; the wording is this project's own. Two deliberate differences:
 the difficulty criteria of abduction and deduction stand with the task they belong to (the official prompts have them
 swapped), and a prompt promises only what the code enforces.
@@ -25,7 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from buffers import Buffer, Task, hash_texts, program_digest
-from policy.dialogue import arguments, fenced_blocks, find_program, syntax
+from policy.dialogue import arguments, bare, fenced_blocks, find_program, syntax
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a task type is
@@ -155,7 +156,7 @@ def answer_block(answer: str, label: str) -> str:
     """The last block with the label that the prompt names, else the last block, else the whole answer."""
     blocks = fenced_blocks(answer)
     named = [content for found, content in blocks if found == label]
-    return named[-1] if named else blocks[-1][1] if blocks else answer
+    return bare(named[-1] if named else blocks[-1][1] if blocks else answer, label)
 
 
 class OneInput(Kind):
@@ -267,7 +268,7 @@ class Deduction(OneInput):
     )
 
     def parse_answer(self, answer: str) -> str | None:
-        return answer_block(answer, "output").strip() or None
+        return answer_block(answer, "output") or None
 
     def verify(self, executor, pairs, progress=None) -> list:
         return executor.compare([(task.outputs[0], answer) for task, answer in pairs])
@@ -372,7 +373,7 @@ class Induction(Kind):
     def parse_answer(self, answer: str) -> str | None:
         blocks = fenced_blocks(answer)
         plain = [content for label, content in blocks if label not in ("input", "output", "message")]
-        return find_program(blocks) or (plain[-1].strip("\n") or None if plain else None)
+        return find_program(blocks or [("", answer)]) or (plain[-1].strip("\n") or None if plain else None)
 
     def verify(self, executor, pairs, progress=None) -> list:
         jobs = [(answer, task.hidden_inputs, task.hidden_outputs) for task, answer in pairs]

@@ -49,7 +49,7 @@ def measure(model: str, tasks_file: Path, out: Path) -> None:
     import torch
 
     from executor import Executor
-    from policy.dialogue import split_response, wrap
+    from policy.dialogue import encode, response_text, split_response, wrap
     from policy.load import load_policy, make_engine
 
     torch.set_num_threads(1)
@@ -60,9 +60,9 @@ def measure(model: str, tasks_file: Path, out: Path) -> None:
     with Executor() as executor:
         for mode, (prefix, temperature) in MODES.items():
             texts = [wrap(KINDS[task.kind].solve(task), tokenizer) + prefix for task in tasks]
-            encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+            encoded = [encode(text, tokenizer) for text in texts]
             found = engine.generate(encoded, max_new_tokens=160, temperature=temperature, seed=0)
-            texts = [prefix + tokenizer.decode(item[0].token_ids, skip_special_tokens=True) for item in found]
+            texts = [prefix + response_text(item[0].token_ids, tokenizer, engine.eos) for item in found]
             parts = [split_response(text) for text in texts]
             answers = [KINDS[task.kind].parse_answer(part.answer) for task, part in zip(tasks, parts, strict=True)]
             correct = judge(executor, tasks, answers)

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 import trr
 from buffers import Buffer
 from harness.config import Config
-from policy.dialogue import wrap
+from policy.dialogue import encode, inspect_dialogue, wrap
 from policy.engine import Engine, SyncError, first_line
 from policy.load import LOAD_ERRORS, load_config, load_tokenizer, positions
 from policy.logprobs import ran_out_of_memory
@@ -54,12 +54,16 @@ def inspect_tokenizer(config: Config, tokenizer, fresh: bool) -> tuple[list[list
     for kind in config.kinds.values():
         references = kind.references(buffers, 0, random.Random(0))
         asked += [kind.propose(references, config.inputs), kind.solve(kind.zero())]
-    prompts = [tokenizer.encode(wrap(turns, tokenizer, config.template), add_special_tokens=False) for turns in asked]
+    inspect_dialogue(tokenizer, config.template, config.tag_names)
+    texts = [wrap(turns, tokenizer, config.template, tags=config.tag_names) for turns in asked]
+    prompts = [encode(text, tokenizer) for text in texts]
     longest = max(map(len, prompts))
     if fresh and longest > config.max_prompt:
         short = f"--max-prompt {config.max_prompt} is too short for a prompt of {longest} tokens"
         raise ValueError(f"{short}; raise it, or train a model with more positions")
-    return prompts, {"dialogue": f"{len(prompts)} {config.template} prompts of up to {longest} tokens and more"}
+    return prompts, {
+        "dialogue": f"{len(prompts)} {config.template} prompts of up to {longest} tokens and more, tags {config.tags}"
+    }
 
 
 def rehearse(

@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from policy.dialogue import Tags, read_tags
 from prompts import KINDS, Kind, load_kinds
 
 TINY_MODEL = Path(__file__).resolve().parent.parent / "tiny" / "model"
@@ -43,6 +44,8 @@ class Config:
                         ("auto", "bfloat16", "float32"))  # fmt: skip
     template: str = option("auto", "plain text or the tokenizer's chat template; auto: chat where there is one and the "
                            "model's name says instruct or chat", "plain", ("auto", "plain", "chat"))  # fmt: skip
+    tags: str = option("auto", "names of the think and answer tag, e.g. thought,result; auto: the paper's, or others "
+                       "in plain text for a tokenizer that has a token for them", "think,answer")  # fmt: skip
     lora: int = option(0, "rank of LoRA adapters (requirements-lora.txt); 0: all weights are trained", "0")
     memory: int = option(0, "GB to plan for on the card (without GPU: of host memory); 0: what is there")
     # The batch
@@ -102,6 +105,11 @@ class Config:
         return load_kinds(self.tasks)
 
     @property
+    def tag_names(self) -> Tags:
+        """Think and answer tag; raises ValueError for what names no two."""
+        return read_tags(self.tags)
+
+    @property
     def buffered(self) -> dict[str, Kind]:
         """The kinds that have a buffer: those that are trained, and those whose tasks their proposers are shown."""
         more = [name for kind in self.kinds.values() for name in kind.sources if name not in self.kinds]
@@ -119,7 +127,7 @@ class Config:
                 raise ValueError(f"{name} must not be negative, but is {value}")
             if isinstance(value, int | float) and not abs(value) < LARGEST:  # nan, too
                 raise ValueError(f"{name} must be a number below {LARGEST}, not {value}")
-        _ = self.buffered  # raises for a type that is unknown and for a file that makes none
+        _ = self.buffered, self.tag_names  # they raise for what cannot be meant
         if not 2 <= self.inputs <= 10:
             raise ValueError("--inputs must be 2 (one pair shown, one hidden) to 10 (the prompt demonstrates no more)")
         if self.buffer_size < self.batch * self.seed_factor:

@@ -31,7 +31,7 @@ from harness.check import inspect_config, inspect_tokenizer, rehearse
 from harness.config import Config
 from harness.metrics import Watch
 from policy import memory
-from policy.dialogue import wrap
+from policy.dialogue import choose_tags, wrap
 from policy.engine import SyncError, first_line
 from policy.load import choose_engine, load_config, load_policy, load_tokenizer, make_engine
 from policy.logprobs import ran_out_of_memory
@@ -57,6 +57,7 @@ def describe(
     if not card:  # a config is enough to plan for another machine
         tokenizer = load_tokenizer(config.model, hf_config)
         config = replace(config, template=choose_template(config, tokenizer))
+        config = replace(config, tags=",".join(choose_tags(config.tags, tokenizer, config.template)))
         prompts, more = inspect_tokenizer(config, tokenizer, fresh)
         checked |= more
     engine = "vllm" if card and config.engine == "auto" else choose_engine(config.engine)
@@ -167,7 +168,8 @@ def start(config: Config, resume: str | None) -> dict:
     print(f"checked: {', '.join(checked)} ({checked['update']})")
     folder.mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    about = {"config": asdict(config), "template": used.template, "engine": engine.name, "sandbox": executor.layers}
+    about = {"config": asdict(config), "template": used.template, "tags": used.tags, "engine": engine.name}
+    about["sandbox"] = executor.layers
     about["versions"] = versions | {"python": platform.python_version()}
     checkpoint.write_atomically(folder / "config.json", json.dumps(about, indent=1))
     return {

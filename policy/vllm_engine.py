@@ -84,6 +84,7 @@ class VllmEngine(Engine):
         engine, results = self.llm.llm_engine, [[] for _ in requests]
         common = {"top_p": top_p, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "output_kind": self.output_kind}
         common |= {"stop": list(stop) or None, "stop_token_ids": self.eos, "detokenize": bool(stop)}
+        common |= {"skip_special_tokens": False, "spaces_between_special_tokens": False}  # a stop string may be special
         for i, request in enumerate(requests):
             params = self.sampling_params(
                 n=request.n if request.temperature > 0 else 1,  # vLLM samples a greedy row only once

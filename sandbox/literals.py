@@ -21,6 +21,7 @@ INT_BITS = 14_000  # repr() of an int refuses more than 4,300 digits
 
 WORDS = {"nan": float("nan"), "inf": float("inf")}
 CONTAINERS = {"set": set, "frozenset": frozenset, "list": list, "tuple": tuple, "dict": dict}
+NUMPY = {"int": int, "uint": int, "float": float, "bool": bool, "str": str}  # np.int64(3), as numpy prints it
 warnings.filterwarnings("ignore", module="<literal>")  # "invalid escape sequence" in an answer is nobody's concern
 
 
@@ -92,8 +93,8 @@ def serialise(value: object, limit: int, order_free: bool = False, max_depth: in
 
 def parse_literal(text: str, max_chars: int = 20_000) -> object:
     """The value of a literal as Python prints it: numbers, strings, bytes, None, bool, list, tuple, dict, set, nan,
-    inf, float('inf') and calls of set, frozenset, list, tuple and dict; no operators but signs and `1+2j`. Raises
-    BadLiteral."""
+    inf, float('inf'), np.int64(3) and its like, and calls of set, frozenset, list, tuple and dict; no operators but
+    signs and `1+2j`. Raises BadLiteral."""
     return parse(text.strip(), max_chars, build)
 
 
@@ -150,6 +151,12 @@ def build(node: ast.expr, depth: int = 1) -> object:
         case ast.Call(func=ast.Name(id="float"), args=[ast.Constant(value=str() as word)], keywords=[]):
             if word.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
                 return float(word)
+        case ast.Attribute(ast.Name("np" | "numpy"), "True_" | "False_" as name):
+            return name == "True_"
+        case ast.Call(ast.Attribute(ast.Name("np" | "numpy"), name), [argument], []):
+            value, kind = build(argument, depth + 1), NUMPY.get(name.rstrip("_0123456789"))
+            if type(value) is kind or (kind is float and type(value) is int):
+                return kind(value)
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in CONTAINERS and len(arguments) < 2:
             items = [build(argument, depth + 1) for argument in arguments]
             if all(type(item) in CONTAINERS.values() for item in items):

@@ -1,6 +1,7 @@
 """The answer in a response to a benchmark: code, the last box, CRUXEval's assert.
 
-What it does: finds text that a judge can read. What a task type asks is read by the type itself (`Kind.parse_answer`).
+What it does: finds text that a judge can read. Tags and fences are read in policy/dialogue.py alone; what a task type
+asks is read by the type itself (`Kind.parse_answer`).
 What it leaves out: any guess at an answer that a response does not mark (no "last number in the text").
 Sources: EvalPlus's sanitiser (same verdicts, without tree-sitter), LiveCodeBench's and CRUXEval's formats.
 
@@ -11,19 +12,17 @@ import ast
 import itertools
 import re
 
-
-def answer_text(response: str) -> str | None:
-    """The text of the last `<answer>`, closed or cut off; None without one."""
-    head, tag, tail = response.rpartition("<answer>")
-    return tail.partition("</answer>")[0].strip() if tag else None
+from executor import BadLiteral, parse_arguments, parse_literal
+from policy.dialogue import TAGS, Tags, arguments, bare, fenced_blocks, split_response, visible
 
 
-def extract_code(response: str) -> str | None:
-    """Last python fence of the last answer; without fences the whole answer, without tags the whole response."""
-    answer = answer_text(response)
-    text = response if answer is None else answer
-    fences = re.findall(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    return (fences[-1] if fences else text).strip("\n") or None
+def extract_code(response: str, tags: Tags = TAGS) -> str | None:
+    """The last python fence of the answer, or of the response where no tag marks one; else the last fence; without
+    fences the whole text."""
+    text = split_response(response, tags=tags).answer or response
+    blocks = fenced_blocks(text)
+    code = [content for label, content in blocks if label == "python"] or [content for _, content in blocks] or [text]
+    return code[-1].strip("\n") or None
 
 
 UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
@@ -106,14 +105,14 @@ BOLD = re.compile(r"(?<![\w)}\]*^\\])(\*{2,3}|__)(?=\S)(.+?)(?<=\S)\1(?![\w({*^\
 MARKS = (("*", "*"), ("_", "_"), (r"\[", r"\]"), (r"\(", r"\)"), ("$$", "$$"), ("$", "$"))
 
 
-def extract_math(response: str) -> str | None:
-    """Last answer tag, in it the last box or else all of it; without tags the last box, the last display formula, or
-    what follows the last "answer is". Bold print does not count. None: nothing to judge (counted apart from a wrong
-    answer)."""
-    answer = answer_text(response)
-    found = last_box(response if answer is None else answer)
-    text = BOLD.sub(r"\2", response if answer is None else answer)
-    if found is None and answer is None:
+def extract_math(response: str, tags: Tags = TAGS) -> str | None:
+    """The answer between the tags, in it the last box or else all of it; without tags the last box, the last display
+    formula, or what follows the last "answer is". Bold print does not count. None: nothing to judge (counted apart from
+    a wrong answer)."""
+    answer = split_response(response, tags=tags).answer
+    found = last_box(answer or response)
+    text = BOLD.sub(r"\2", answer or response)
+    if found is None and not answer:
         display = re.findall(r"\\\[(.*?)\\\]", text, re.DOTALL)
         phrases = list(PHRASE.finditer(text))
         found = display[-1] if display else text[phrases[-1].end() :].split("\n")[0] if phrases else ""
@@ -128,16 +127,30 @@ def extract_math(response: str) -> str | None:
 
 
 def extract_assert(text: str, side: str) -> str | None:
-    """The answer in `assert f(input) == output`, the form of CRUXEval's own prompt. `side`: "input" or "output"."""
-    for line in (text.strip(), text.strip().split("\n")[0]):
+    """The answer in a sample of CRUXEval, `[ANSWER] assert f(input) == output [/ANSWER]`: what is around the last `==`,
+    or a bare value. The tags, a thought before, `assert`, a fence and text after the first line may be there or not.
+    `side`: "input" or "output"."""
+    _, tag, answer = text.partition("[/ANSWER]")[0].rpartition("[ANSWER]")
+    blocks = fenced_blocks(answer)
+    text = visible(blocks[-1][1] if blocks else answer).strip()
+    lines = text.split("\n")
+    for part in (text, lines[0], *reversed(lines)):
+        part = part[max(part.find("assert "), 0) :].strip()
         try:
-            test = ast.parse(line).body[0].test
-            call, output = test.left, test.comparators[0]
-        except (SyntaxError, ValueError, IndexError, AttributeError):
+            [statement] = ast.parse(part, "<literal>").body
+            test = getattr(statement, "test", None) or statement.value
+            call, output = test.left, test.comparators[-1]
+        except (SyntaxError, ValueError, RecursionError, MemoryError, AttributeError):
             continue
-        if side == "output":
-            return ast.get_source_segment(line, output)
-        if isinstance(call, ast.Call):
-            inner = ast.get_source_segment(line, call)
-            return inner[inner.index("(") + 1 : -1].strip()
-    return None
+        if side == "output" and isinstance(test.ops[-1], ast.Eq):
+            return ast.get_source_segment(part, output)
+        if side == "input" and isinstance(call, ast.Call):
+            return ast.get_source_segment(part, call).partition("(")[2][:-1].strip()
+    for part in (text, lines[0], lines[-1]):
+        value = bare(part, side) if side == "output" else arguments(part)
+        try:
+            (parse_literal if side == "output" else parse_arguments)(value)
+            return value
+        except BadLiteral:
+            continue
+    return text if tag else None

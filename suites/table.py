@@ -22,7 +22,7 @@ from pathlib import Path
 
 from buffers import Task, load_tasks
 from executor import Executor
-from policy.dialogue import split_response, wrap
+from policy.dialogue import STOP, TAGS, Tags, split_response, wrap
 from prompts import KINDS, Kind
 from suites.extract import extract_assert, extract_code, extract_math, last_box, sanitize
 from suites.judge_code import code_executor, judge_evalplus, judge_lcb
@@ -49,9 +49,10 @@ class Suite:
 
     file: str  # in the data folder, as it is or with .gz
     source: str  # hub id and split, or the address to get the file from
+    tags: Tags = TAGS  # around thought and answer, in prompts and responses
     group = ""  # whose average it belongs to: code, math, or reasoning (in distribution, in no average)
     templates, without_chat = TEMPLATES, "plain"  # `without_chat`: where the tokenizer has no chat template
-    stop = ("</s>", "<|im_end|>", "<|endoftext|>", "\nUser:")  # a base model that goes on writes the next user turn
+    stop = STOP
     max_tokens = 8096
     make_executor = nullcontext  # what runs programs for the judge
 
@@ -65,7 +66,7 @@ class Suite:
 
     def prompt(self, text: str | list[str], tokenizer, template: str) -> str:
         """What the model continues."""
-        return wrap(text, tokenizer, template)
+        return wrap(text, tokenizer, template, tags=self.tags)
 
     def completion(self, item: Item, text: str) -> str | None:
         """The answer in the `completion` of somebody else's samples file."""
@@ -131,7 +132,7 @@ class LiveCodeBench(Suite):
         return Item(row["question_id"], text + "Answer with the whole program in one fenced `python` block.\n", row)
 
     def extract(self, item: Item, response: str) -> str | None:
-        return extract_code(response)
+        return extract_code(response, self.tags)
 
     def judge(self, executor, pairs: Sequence[tuple], progress) -> list[bool]:
         return judge_lcb(executor, pairs, progress)
@@ -153,13 +154,13 @@ class Mathematics(Suite):
     def prompt(self, text: str, tokenizer, template: str) -> str:
         """As in the paper: the wrapper without an opened think tag. "boxed": a plain chat turn that asks for a box."""
         if template != "boxed":
-            return wrap(text, tokenizer, template, prefill_think=False)
+            return wrap(text, tokenizer, template, prefill_think=False, tags=self.tags)
         text += "\nReason step by step, and put the final answer within \\boxed{}."
         turns = [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
     def extract(self, item: Item, response: str) -> str | None:
-        return extract_math(response)
+        return extract_math(response, self.tags)
 
     def judge(self, executor, pairs: Sequence[tuple], progress) -> list[bool]:
         return judge_math(pairs, progress)
@@ -185,10 +186,10 @@ class Reasoning(Suite):
         return Item(task.id or str(index), self.kinds[task.kind].solve(task), task)
 
     def extract(self, item: Item, response: str) -> str | None:
-        return self.kinds[item.gold.kind].parse_answer(split_response(response).answer)
+        return self.kinds[item.gold.kind].parse_answer(split_response(response, tags=self.tags).answer)
 
     def completion(self, item: Item, text: str) -> str | None:
-        return self.side and extract_assert(text, self.side) or self.extract(item, text)
+        return self.extract(item, text) or self.side and extract_assert(text, self.side) or None
 
     def judge(self, executor, pairs: Sequence[tuple], progress) -> list[bool]:
         verdicts = [False] * len(pairs)

@@ -1,6 +1,8 @@
 """Tests of the task types: prompts and parsers are each other's inverse, and one contract that every kind keeps."""
 
 import random
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,9 @@ import pytest
 import prompts
 from buffers import Task
 from executor import ALLOWED_MODULES, Executor
-from policy.dialogue import arguments, split_response
+from policy.dialogue import TAGS, Tags, arguments, split_response
 from prompts import KINDS, Deduction, Draft, Kind, load_kinds
+from suites.extract import extract_assert, extract_code, extract_math
 
 PROGRAM = "def f(items, k):\n    total = 0\n    for x in items:\n        total = total * k + x\n    return total"
 GIVEN = [Task("deduction", PROGRAM, ["[1, 2], 3"], ["5"])]
@@ -115,8 +118,8 @@ def test_text_before_the_think_tag_fails_the_format():
     assert not split_response("hm <think>a</think><answer>b</answer>", prefilled=False).formatted
 
 
-def test_two_answer_tags_the_last_one_is_used():
-    assert split_response("t</think><answer>1</answer><answer>2</answer>").answer == "2"
+def test_of_two_answers_the_one_that_makes_the_format_is_read():
+    assert split_response("t</think><answer>1</answer><answer>2</answer>").answer == "1"
 
 
 def test_input_block_before_the_code_block_is_accepted():
@@ -172,6 +175,9 @@ def test_unusable_proposals_name_their_cause(kind, answer, cause):
     assert KINDS[kind].parse_proposal(answer, GIVEN, 6) == (None, cause)
 
 
+input_of, output_of = partial(extract_assert, side="input"), partial(extract_assert, side="output")
+
+
 def test_parsers_survive_100_000_mutated_responses():
     rng = random.Random(2)
     pieces = [
@@ -200,15 +206,49 @@ def test_parsers_survive_100_000_mutated_responses():
         " ",
         "    return x",
         "class A:",
+        "\r\n",
+        "\ufeff",
+        "~~~",
+        "````",
+        "[ANSWER]",
+        "assert f(1) == ",
+        '"',
+        "np.int64(",
+        "#",
+        "\\",
     ]
     base = reply(fence("python", PROGRAM) + fence("input", "[1, 2], 3"))
     for number in range(100_000):
         cut, end = rng.randrange(len(base)), rng.randrange(len(base))
         text = base[:cut] + "".join(rng.choices(pieces, k=rng.randrange(6))) + base[end:]
-        parts = split_response(text, prefilled=number % 2 == 0)
+        parts = split_response(text, number % 2 == 0, [TAGS, Tags("python", "input")][number % 5 == 0])
         kind = list(KINDS)[number % 3]
-        KINDS[kind].parse_proposal(parts.answer, GIVEN, 2)
-        KINDS[kind].parse_answer(parts.answer)
+        KINDS[kind].parse_proposal(parts.answer or text, GIVEN, 2)
+        KINDS[kind].parse_answer(parts.answer or text)
+        [extract_code, extract_math, input_of, output_of][number // 3 % 4](text)
+
+
+def test_reading_a_response_takes_time_in_proportion_to_its_length():
+    pieces = ["</think><answer>", "<answer>", "</answer>", "<think>", "</think>\n", "'", '"', "f(", ")", "```", "``` x"]
+    pieces += [
+        "\n```\n",
+        "~~~\n",
+        "</answer><think>",
+        "\ufeff'",
+        "\\'",
+        "f(')",
+        "' ",
+        "[ANSWER]",
+        "assert f(1)\n",
+        "``",
+    ]
+    for piece in [*pieces, *(f"{piece} " for piece in pieces)]:
+        text, began = "f(</think>\n<answer>" + piece * (20_000 // len(piece)), time.process_time()
+        answer = split_response(text).answer or text
+        for part in (answer, text[len("f(</think>\n<answer>") :]):
+            for read in (input_of, output_of, *(kind.parse_answer for kind in KINDS.values())):
+                read(part)
+        assert time.process_time() - began < 1, piece
 
 
 # ---------------------------------------------------------------------------------------------------------------------
