@@ -108,7 +108,7 @@ def load_policy(name: str, device: str, dtype: str) -> tuple[PreTrainedModel, Pr
     except LOAD_ERRORS as error:
         if ran_out_of_memory(error):
             raise
-        raise ValueError(f"The weights of {path} could not be loaded: {first_line(error)}") from error
+        raise ValueError(f"{path} could not be loaded: {first_line(error)}") from error
     if other := [key for key, *_ in report["mismatched_keys"]]:
         raise ValueError(f"The weights of {path} have other sizes than its config.json says, first {min(other)}.")
     if report["missing_keys"]:  # transformers would leave them random
