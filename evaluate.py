@@ -27,7 +27,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from policy.dialogue import TAGS, Tags, choose_tags, encode, read_tags, response_text, split_response
+from policy import dialogue
+from policy.dialogue import TAGS, Tags, read_tags, split_response
 from prompts import KINDS, Kind, load_kinds
 from suites.compare import compare, mean, pass_at_k, standard_error, summary
 from suites.judge_math import require_math_verify
@@ -85,7 +86,7 @@ def generate(engine, tokenizer, suite: Suite, items: list[Item], header: dict, p
     sampling = {"temperature": header["temperature"], "top_p": header["top_p"], "max_new_tokens": header["max_tokens"]}
     for start in range(0, len(items), size):
         chunk = [i for i in range(start, min(start + size, len(items))) if len(done.get(items[i].id, ())) < samples]
-        encoded = {i: encode(prompts[i], tokenizer) for i in chunk}
+        encoded = {i: dialogue.encode(prompts[i], tokenizer) for i in chunk}
         fits = [i for i in chunk if len(encoded[i]) < engine.max_model_len]
         wanted = [encoded[i] for i in fits]
         found = engine.generate(wanted, n=samples, seed=header["seed"] + start, stop=stop, **sampling)
@@ -93,7 +94,7 @@ def generate(engine, tokenizer, suite: Suite, items: list[Item], header: dict, p
         for i, completions in zip(fits, found, strict=True):
             done[items[i].id] = []
             for one in completions:
-                text = response_text(one.token_ids, tokenizer, engine.eos, stop)
+                text = dialogue.response_text(one.token_ids, tokenizer, engine.eos, stop)
                 row = {"response": text, "tokens": len(one.token_ids), "truncated": not one.stopped}
                 done[items[i].id].append(row)
         if path:
@@ -174,9 +175,7 @@ def run_suites(
     return records
 
 
-def score_samples(
-    name: str, path: Path, data_dir: Path, files: Mapping[str, Path], kinds: Mapping[str, Kind], tags: Tags = TAGS
-) -> dict:
+def score_samples(name: str, path: Path, data_dir: Path, files: Mapping, kinds: Mapping, tags: Tags = TAGS) -> dict:
     """Score somebody else's samples of one suite (`read_samples`). Tasks that the file misses are left out of the
     average, and their number is printed and recorded."""
     suite, items, about = load_items(name, data_dir, files, kinds)
@@ -282,13 +281,14 @@ def check_data(specs: Sequence[str], data_dir: Path, files: Mapping[str, Path], 
 
 def open_engine(args):
     """Model, tokenizer and engine of the command line; under vLLM the weights wait on the CPU until they are pushed.
-    Raises ValueError for a chat template that fails, before the weights are loaded."""
+    Raises ValueError for a chat template that fails and a dialogue that is not whole, before the weights are loaded."""
     import torch
     from jinja2 import TemplateError  # torch requires it; transformers renders templates with it
 
     from policy.load import choose_engine, load_config, load_policy, load_tokenizer, make_engine, positions
 
     tokenizer = load_tokenizer(args.model, load_config(args.model))
+    args.tags = dialogue.choose_tags(args.tags_given, tokenizer, args.template)
     for _, name, _ in expand(args.specs) if tokenizer.chat_template else ():
         suite, items, _ = load_items(name, args.data, args.files, args.kinds)
         try:
@@ -296,6 +296,9 @@ def open_engine(args):
         except (TemplateError, TypeError, ValueError) as error:
             other = "use --template plain, or mend the chat template" if args.template != "plain" else "mend it"
             raise ValueError(f"The chat template of {args.model} fails for {name} ({error}): {other}.") from None
+    if {name for _, name, _ in expand(args.specs)} - {*GROUPS["all"], "humaneval", "mbpp"}:  # with demonstrations
+        chat = tokenizer.chat_template and args.template != "plain"
+        dialogue.inspect_dialogue(tokenizer, "chat" if chat else "plain", args.tags)
     kind, on_gpu = choose_engine(args.engine), torch.cuda.is_available()
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if on_gpu else "float32"
     policy, tokenizer = load_policy(args.model, "cuda" if on_gpu and kind != "vllm" else "cpu", dtype)
@@ -344,7 +347,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not (args.model or args.score_only or args.samples_file):
         raise ValueError("Give --model, or --score-only, or --samples-file.")
     args.specs, args.kinds = args.suites.split(","), load_kinds(args.tasks)
-    read_tags(args.tags)  # raises for what cannot be meant
+    args.tags, args.tags_given = read_tags(args.tags), args.tags
     if args.samples_file and len(expand(args.specs)) != 1:
         raise ValueError("--samples-file holds samples of one suite: name exactly one in --suites.")
     args.files = {name: Path(path) for name, _, path in (given.partition("=") for given in args.file)}
@@ -387,18 +390,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep = partial(write_results, target)
         if args.samples_file:
             [(_, name, _)] = expand(args.specs)
-            tags = read_tags(args.tags)
-            records = {name: score_samples(name, args.samples_file, args.data, args.files, args.kinds, tags)}
+            records = {name: score_samples(name, args.samples_file, args.data, args.files, args.kinds, args.tags)}
             keep(records)
         else:
             check_data(args.specs, args.data, args.files, args.kinds)
             engine, tokenizer = (None, None) if args.score_only else open_engine(args)
-            tags = choose_tags(args.tags, tokenizer, args.template) if tokenizer else TAGS
             records = run_suites(
                 args.specs, engine, tokenizer, data_dir=args.data, kinds=args.kinds, out_dir=args.out, files=args.files,
-                limit=args.limit, template=args.template, tags=tags, samples=args.samples, temperature=args.temperature,
-                top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed, model=args.model, progress=True,
-                keep=keep,
+                limit=args.limit, template=args.template, tags=args.tags, samples=args.samples,
+                temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed,
+                model=args.model, progress=True, keep=keep,
             )  # fmt: skip
         print("\n".join(summary(records)))
         if before:

@@ -46,7 +46,7 @@ def inspect_config(config: Config, hf_config) -> dict[str, str]:
 
 def inspect_tokenizer(config: Config, tokenizer, fresh: bool) -> tuple[list[list[int]], dict[str, str]]:
     """The ids of the shortest prompt of each (role, kind) cell: about the given tasks, without references; and what
-    was checked. Raises ValueError where a `fresh` run has no room for them."""
+    was checked. Raises ValueError where a `fresh` run has no room for them, and as `inspect_dialogue`."""
     buffers = {name: Buffer(1, kind.key) for name, kind in config.buffered.items()}
     for name, kind in config.buffered.items():
         buffers[name].add(kind.zero())
@@ -61,9 +61,7 @@ def inspect_tokenizer(config: Config, tokenizer, fresh: bool) -> tuple[list[list
     if fresh and longest > config.max_prompt:
         short = f"--max-prompt {config.max_prompt} is too short for a prompt of {longest} tokens"
         raise ValueError(f"{short}; raise it, or train a model with more positions")
-    return prompts, {
-        "dialogue": f"{len(prompts)} {config.template} prompts of up to {longest} tokens and more, tags {config.tags}"
-    }
+    return prompts, {"dialogue": f"{len(prompts)} {config.template} prompts of up to {longest} tokens and more"}
 
 
 def rehearse(
