@@ -26,9 +26,8 @@ def add_adapters(policy: PreTrainedModel, rank: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ValueError("--lora needs peft: pip install -r requirements-lora.txt") from None
-    least = min(policy.config.hidden_size, policy.config.intermediate_size)
-    if rank > least:
-        raise ValueError(f"--lora {rank} is more than the {least} dimensions of a layer; lower it")
+    if rank > policy.config.hidden_size:
+        raise ValueError(f"--lora {rank} is more than the {policy.config.hidden_size} dimensions of a layer; lower it")
     policy.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear")
     inject_adapter_in_model(config, policy)
