@@ -11,6 +11,7 @@ Paper: section 3.3 (rollouts of both roles at temperature 1).
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ class Request:
     seed: int
 
 
-class Engine:
+class Engine(ABC):
     """Samples from the policy. `is_policy`: by the policy's own forward pass, so its samples need no correction."""
 
     name: str
@@ -103,14 +104,15 @@ class Engine:
             sample_seed += count
         return self._run(requests, top_p, stop, progress)
 
+    @abstractmethod
     def _run(self, requests: list[Request], top_p, stop, progress) -> list[list[Completion]]:
-        raise NotImplementedError
+        """The completions of each request; the arguments are checked."""
 
+    @abstractmethod
     def sync(self, policy: PreTrainedModel) -> None:
         """Make the engine sample from the policy as it is now."""
-        raise NotImplementedError
 
-    def sleep(self) -> None:
+    def sleep(self) -> None:  # noqa: B027 (the transformers engine holds nothing of its own)
         """Free what the engine holds on the GPU, where it was built to, until the next `sync`."""
 
 
