@@ -138,6 +138,59 @@ def test_a_message_that_is_the_program_is_rejected(run, program, message, verdic
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Acceptance vectors: what the official code gets wrong, and ten attacks on the judge. None of them earns anything
+
+VECTORS = {  # what a program does with 3: verdict of the executor, and its output
+    "pure": ("def f(x):\n    return x + 1", "ok", "4"),
+    "counter between calls": ("seen = []\ndef f(x):\n    seen.append(x)\n    return len(seen)", "nondeterministic", ""),
+    "set of strings": ("def f(x):\n    return {'b', 'a'}", "ok", "{'a', 'b'}"),
+    "order of a set": ("def f(x):\n    return list({'a', 'b', 'c', 'd', 'e', 'f'})", "nondeterministic", ""),
+    "nan": ("def f(x):\n    return float('nan')", "ok", "nan"),
+    "instance": ("class A:\n    pass\ndef f(x):\n    return A()", "unserialisable", ""),
+    "raises": ("def f(x):\n    raise Exception('bad')", "runtime_error", ""),
+    "long output": ("def f(x):\n    return list(range(9999))", "output_too_large", ""),
+    "endless": ("def f(x):\n    while True: pass", "timeout", ""),
+    "clock": ("import time\ndef f(x):\n    return time.time()", "unsafe", ""),
+    "file": ("def f(x):\n    return open('/etc/hostname').read()", "unsafe", ""),
+    "word in a string": ("def f(x):\n    return 'input(' + str(x)", "ok", "'input(3'"),
+    "helper and class": (
+        "class A:\n    n = 2\ndef g(x):\n    return x * A.n\ndef f(x):\n    def h(y): return g(y)\n    return h(x)",
+        "ok",
+        "6",
+    ),
+    "patches a module": ("import math\nmath.pi = 3\ndef f(x):\n    return math.pi", "ok", "3"),
+    "the next program": ("import math\ndef f(x):\n    return math.pi", "ok", "3.141592653589793"),
+}
+EQUAL = "class E:\n    def __eq__(self, other): return True\n    def __hash__(self): return 1\n"
+ATTACKS = [  # (kind, answer): the gold is 5 for [1, 2], 3; hidden pairs of induction: 7 for [3, 1], 2 and 0 for [], 9
+    ("abduction", "1) or (1"),
+    ("abduction", "[1, 2], 3) == 5 or True or f([]"),
+    ("abduction", "type('E', (), {'__eq__': lambda *a: True})(), 1"),
+    ("deduction", "f([1, 2], 3)"),
+    ("deduction", "__import__('os').system('true') + 5"),
+    ("deduction", "type('E', (), {'__eq__': lambda *a: True})()"),
+    ("induction", EQUAL + "def f(items, k):\n    return E()"),
+    ("induction", "def f(items, k):\n    if items: return 7\n    raise KeyboardInterrupt"),
+    ("induction", "import os\ndef f(items, k):\n    os._exit(0)"),
+    ("induction", "def f(items, k):\n    return [g for g in ().__class__.__base__.__subclasses__()][0]"),
+]
+
+
+def test_acceptance_vectors_of_programs(executor):
+    found = executor.validate([(program, ["3"]) for program, _, _ in VECTORS.values()])
+    for (name, (_, verdict, output)), [result] in zip(VECTORS.items(), found, strict=True):
+        assert (result.verdict, result.output) == (verdict, output), name
+
+
+@pytest.mark.parametrize("kind, answer", ATTACKS)
+def test_ten_attacks_on_the_judge_earn_nothing(run, kind, answer):
+    label = {"abduction": "input", "deduction": "output", "induction": "python"}[kind]
+    attempts = [attempt(GOLD[kind][0], fence(label, answer)), attempt(GOLD[kind][0], GOLD[kind][1])]
+    azr.verify(run, attempts)
+    assert [item.correct for item in attempts] == [False, True]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Steps
 
 
