@@ -20,6 +20,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.cache_utils import DynamicLayer
 
 from harness.check import compare
 from policy import load, memory, speed, transformers_engine, vllm_engine
@@ -27,7 +28,7 @@ from policy.engine import Completion, SyncError
 from policy.load import load_policy, make_engine, resolve_model
 from policy.memory import PREFILL_TOKENS, plan, table
 from policy.speed import estimate_seconds, shape
-from policy.transformers_engine import TransformersEngine, sample
+from policy.transformers_engine import GrowingLayer, TransformersEngine, sample
 
 EOS, VOCABULARY = 2, 128
 
@@ -154,6 +155,20 @@ def test_samples_follow_the_policy_whatever_generation_config_says(tmp_path):
     degrees = int(common.sum()) - 1
     assert degrees > 10
     assert chi2 < degrees + 5 * (2 * degrees) ** 0.5  # five standard deviations of chi-square
+
+
+def test_a_growing_cache_holds_what_the_plain_one_does(model_path):
+    """Over several blocks, with rows that leave; the plain layer of transformers is the reference."""
+    grown, plain = GrowingLayer(), DynamicLayer()
+    generator = torch.Generator().manual_seed(0)
+    for step in range(130):
+        rows = 3 if step < 100 else 2
+        if step == 100:
+            for layer in (grown, plain):
+                layer.batch_select_indices(torch.tensor([0, 2]))
+        new = [torch.randn(rows, 2, 5 if step == 0 else 1, 4, generator=generator) for _ in range(2)]
+        found, expected = grown.update(*new), plain.update(*new)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), step
 
 
 def test_eos_is_kept_and_marks_the_stop_and_the_rest_is_cut(loaded):
