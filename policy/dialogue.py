@@ -61,8 +61,8 @@ def choose_tags(spec: str, tokenizer, template: str) -> Tags:
     if own := [f"<{name}>" for name in tags if name in tokens]:
         if spec == "auto" and (template == "plain" or not tokenizer.chat_template):
             tags = Tags(*(next((name for name in names if name not in tokens), names[0]) for names in OTHERS))
-        used = f"<{tags.think}> and <{tags.answer}> are used"
-        print(f"note: {' and '.join(own)} is a token of its own in this tokenizer; {used} (--tags chooses others)")
+        used = f"the tags are <{tags.think}> and <{tags.answer}>"
+        print(f"note: this tokenizer has a token of its own for {' and '.join(own)}; {used} (--tags chooses others)")
     return tags
 
 

@@ -216,7 +216,7 @@ def test_a_base_model_gets_other_tags_where_its_own_are_tokens(tmp_path, capsys,
     tokenizer = tokenizer_of(tmp_path, tags=tokens, template=CHATML)
     tags = choose_tags(spec, tokenizer, template)
     said = capsys.readouterr().out
-    assert ",".join(tags) == chosen and ("is a token" in said) == bool(tokens)
+    assert ",".join(tags) == chosen and ("a token of its own" in said) == bool(tokens)
     for name in tags if tokens else ():
         assert f"<{name}>" in said
     inspect_dialogue(tokenizer, template, tags)
@@ -226,7 +226,10 @@ def test_a_run_with_other_tags_reads_its_own_and_is_evaluated_with_them(tmp_path
     model = folder_of(tmp_path / "model", tags=TAG_TOKENS, template=CHATML)
     with (run := run_of(model, tmp_path)).executor:
         assert json.loads((tmp_path / "run/config.json").read_text())["tags"] == "thought,result"
-        assert "<think> and <answer> is a token" in capsys.readouterr().out
+        assert (
+            "a token of its own for <think> and <answer>; the tags are <thought> and <result>"
+            in capsys.readouterr().out
+        )
         assert azr.solve_rollout(run, KINDS["deduction"].zero(), 0).prompt.endswith("<thought>\n")
     command = ["--suites", zero_tasks, "--model", str(model), "--out", str(tmp_path / "out"), "--max-tokens", "4"]
     assert evaluate.main([*command, "--engine", "transformers"]) == 0
