@@ -2,8 +2,7 @@
 
 What it does: one object per task type (`Kind`) holds everything that depends on the type: two prompts (propose, solve),
 the parsers of their replies, and the two questions to the executor (is this proposal a task? is this answer right?).
-A parser is the inverse of its prompt: both name the same fences, and the tests build a response and parse it back.
-`load_kinds` adds the kinds of a file; `examples/` shows two.
+A parser is the inverse of its prompt: both name the same fences. `load_kinds` adds the kinds of a file (`examples/`).
 What it leaves out: judging. Nothing here runs a program; the executor comes in as an argument. And guessing: a value in
 a sentence, two values, typographic quotes, an array are no answers (docs/reading.md: what is read, what is not).
 Paper: section 3.2 (tasks and prompts) and its appendix; the wording is this project's own. Two deliberate differences:
@@ -26,7 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from buffers import Buffer, Task, hash_texts, program_digest
-from policy.dialogue import arguments, bare, fenced_blocks, find_program, syntax
+from policy.dialogue import ASSISTANT, PREAMBLE, USER, arguments, bare, fenced_blocks, find_program, syntax
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a task type is
@@ -398,6 +397,8 @@ class Induction(Kind):
 # The table of kinds
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (Abduction(), Deduction(), Induction())}
+PROPOSE, SOLVE = ({name: getattr(kind, part) for name, kind in KINDS.items()} for part in ("proposal", "solution"))
+AROUND = (PREAMBLE, USER, ASSISTANT)  # with PROPOSE and SOLVE all fixed text, for who makes a tokenizer
 
 
 @lru_cache

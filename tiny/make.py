@@ -43,7 +43,7 @@ from programs import (
 
 import prompts
 from buffers import Task, load_tasks, program_digest, save_tasks
-from policy.dialogue import ASSISTANT, PREAMBLE, USER, split_response, wrap
+from policy.dialogue import split_response, wrap
 from prompts import KINDS, Induction
 
 HERE = Path(__file__).resolve().parent
@@ -137,8 +137,8 @@ def corpus(rng: random.Random, reason: float, deepest: int, forbidden: set) -> I
 
 def fragments() -> list[str]:
     """Every fixed stretch of text in the prompts of the three kinds, longest first: each becomes a single token."""
-    templates = [PREAMBLE, USER, ASSISTANT, prompts.REFERENCE, prompts.REFERENCES, Induction.CALL, prompts.PAIR]
-    templates += [turn for kind in KINDS.values() for turn in (*kind.proposal, *kind.solution)]
+    templates = [*prompts.AROUND, prompts.REFERENCE, prompts.REFERENCES, Induction.CALL, prompts.PAIR]
+    templates += [turn for turns in (*prompts.PROPOSE.values(), *prompts.SOLVE.values()) for turn in turns]
     pieces = {literal for text in templates for literal, *_ in string.Formatter().parse(text) if literal}
     for inputs in (Induction.LISTS, Induction.TEXTS):
         pieces |= {Induction.CALL.format(number=number, input=text) for number, text in enumerate(inputs, 1)}
