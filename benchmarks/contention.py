@@ -2,7 +2,7 @@
 
 Runs a few steps of the embedded model, alone and beside a process that multiplies matrices, in turn and several times,
 and prints the ratio of the medians of seconds per step. Threads that wait for each other by spinning made it 4 to 20;
-`policy/__init__.py` lets them sleep. `--spin` shows what it was (OMP_WAIT_POLICY=ACTIVE).
+`policy/__init__.py` lets them spin for a moment only. `--spin` shows what it was (OMP_WAIT_POLICY=ACTIVE).
 
     python benchmarks/contention.py --repeats 3
 """

@@ -439,10 +439,14 @@ def test_help_needs_no_torch():
         assert result.returncode == 0 and "--model" in result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("given", [None, "ACTIVE"])
-def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given):
-    code = "import os, sys, azr; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": given} if given else {}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=environment)
-    assert result.stdout.split() == [given or "PASSIVE", "True"], result.stderr
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(given):
+    code = "import os, sys, azr; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    environment = {
+        name: value for name, value in ENVIRONMENT.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=environment | given
+    )
+    expected = given.get("GOMP_SPINCOUNT", "None" if given else "3000")
+    assert result.stdout.split() == [expected, "True"], result.stderr
