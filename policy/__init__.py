@@ -8,8 +8,8 @@ It never imports the loop, the rewards, the task types, the executor or the harn
 
 import os
 
-# Before torch is imported: a thread that waits for another spins for a moment only, then sleeps. Spinning for longer makes
-# a step several times slower where another program uses a core, sleeping at once makes it slower where none does
+# Before torch is imported: a thread that waits for another spins for a moment only, then sleeps. Spinning for longer
+# makes a step several times slower where another program uses a core, sleeping at once makes it slower where none does
 # (benchmarks/contention.py). The user's own setting stays.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
