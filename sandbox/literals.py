@@ -11,6 +11,7 @@ Usage: parse_literal("{1: [2.0, nan]}")
 
 import ast
 import warnings
+from _thread import allocate_lock  # the module threading would be loaded into every server
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from math import isfinite
@@ -103,11 +104,16 @@ def parse_arguments(text: str, max_chars: int = 20_000) -> tuple[tuple, dict]:
     return parse(f"f({text}\n)", max_chars + 4, build_arguments)
 
 
+PARSER = allocate_lock()  # CPython counts the depth of its parser for all threads together and raises SystemError
+
+
 def parse(text: str, max_chars: int, make: Callable) -> object:
     if len(text) > max_chars:  # first: the parser is only safe on small texts
         raise BadLiteral(f"the literal has {len(text)} characters, more than {max_chars}")
     try:
-        return make(ast.parse(text, "<literal>", "eval").body)
+        with PARSER:
+            body = ast.parse(text, "<literal>", "eval").body
+        return make(body)
     except BadLiteral:
         raise
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, OverflowError) as error:

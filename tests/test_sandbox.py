@@ -8,6 +8,7 @@ its fields are explained in its own `meta`. Nothing here asserts a time.
 
 # ruff: noqa: E501 (the tables below hold one program per line)
 
+import gc
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -872,3 +874,38 @@ def test_shared_cases(executor, mode):
             wrong.append((case["id"], "left", case["marker"]))
     assert not wrong
     check_honest(executor)
+
+
+def test_values_are_read_in_several_threads_at_once():
+    """CPython's parser is not made for it (SystemError: recursion depth mismatch); lanes read replies in threads."""
+    text, errors = "[" * 20 + "1, {'a': (1, 2, [3, 4, 'x'])}" + "]" * 20, []
+
+    class Yields:  # garbage whose end lets another thread run in the middle of the parser
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            time.sleep(0)
+
+    def work():
+        end = time.monotonic() + 2
+        while time.monotonic() < end and not errors:
+            Yields()
+            try:
+                parse_literal(text)
+            except SystemError as error:
+                errors.append(error)
+
+    thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(5)
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*thresholds)
+        sys.setswitchinterval(interval)
+    assert not errors
