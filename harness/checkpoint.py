@@ -93,7 +93,7 @@ def save(run, name: str) -> None:
     folder, partial = run.folder / f"{name}-{run.step:06d}", run.folder / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        merged = {name: weight.cpu() for name, weight in merged_weights(run.policy)} if run.config.lora else None
+        merged = {key: weight.cpu() for key, weight in merged_weights(run.policy)} if run.config.lora else None
         run.policy.save_pretrained(partial, state_dict=merged)
         run.tokenizer.save_pretrained(partial)
         name_, keys, *rest = np.random.get_state()

@@ -169,8 +169,7 @@ def start(config: Config, resume: str | None) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     about = {"config": asdict(config), "template": used.template, "tags": used.tags, "engine": engine.name}
-    about |= {"sandbox": executor.layers}
-    about["versions"] = versions | {"python": platform.python_version()}
+    about |= {"sandbox": executor.layers, "versions": versions | {"python": platform.python_version()}}
     checkpoint.write_atomically(folder / "config.json", json.dumps(about, indent=1))
     return {
         "config": used, "folder": folder, "policy": policy, "tokenizer": tokenizer,
