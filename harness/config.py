@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from buffers import Buffer
 from policy.dialogue import Tags, read_tags
 from prompts import KINDS, Kind, load_kinds
 
@@ -29,6 +30,7 @@ ABOVE_ZERO = (
     "steps", "batch", "rollouts", "max_prompt", "max_response", "seed_factor", "seed_limit", "buffer_size", "lr",
     "grad_clip", "minibatches", "save_every",
 )  # fmt: skip
+MAY_BE_NEGATIVE = ("zero_reward", "duplicate_reward", "solve_prompts")
 
 
 @dataclass
@@ -61,13 +63,24 @@ class Config:
     seeds: str = option("", "JSONL of seed tasks from an earlier run (RUN/seeds.jsonl)")
     seed_factor: int = option(4, "S, seeds per task type = S x B", "4")
     seed_limit: int = option(40, "give up seeding after this many proposals per wanted seed")
-    buffer_size: int = option(16384, "tasks a buffer holds; the oldest leaves first", "16384, newest dropped")
+    buffer_size: int = option(16384, "tasks a buffer holds", "16384")
+    buffer_drops: str = option("oldest", "what a full buffer loses: its oldest tasks, or whatever is new (ablation)",
+                               "newest, in the official code", ("oldest", "newest"))  # fmt: skip
+    reference_draw: str = option("uniform", "tasks a proposer is shown: drawn uniformly, or by r(1-r), those at the "
+                                 "solver's frontier first", "uniform", ("uniform", "frontier"))  # fmt: skip
     admit: str = option("all", "which valid tasks enter a buffer: all, or only those solved sometimes", "all",
                         ("all", "learnable"))  # fmt: skip
     solve_batch: str = option("new", "solve this step's tasks first, or the previous step's (official code)", "new",
                               ("new", "previous"))  # fmt: skip
+    solve_prompts: int = option(-1, "tasks per type and step the solver trains on beside the measuring attempts; 0: "
+                                "none, with --reuse-measurement-rollouts; -1: as many as --batch", "B")  # fmt: skip
     # Reward and advantage
     zero_reward: float = option(0.0, "proposer reward when nobody or everybody solves; the official code has -0.5", "0")
+    duplicate_reward: float = option(1.0, "most that a proposal earns whose task is in the buffer already, or came "
+                                     "before in this step; 1: as much as a new one", "1")  # fmt: skip
+    baseline: str = option("cell", "what an advantage is centred on: the mean of its (task type, role) cell, of all "
+                           "rollouts, or for the solver of the attempts at the same task", "cell",
+                           ("cell", "global", "task"))  # fmt: skip
     advantage_weighting: str = option("sequence", "mean and std of a cell per sequence, or per token (official code)",
                                       "sequence", ("sequence", "token"))  # fmt: skip
     train_proposer: bool = option(True, "train the propose role; off: ablation", "on")
@@ -105,6 +118,15 @@ class Config:
         return load_kinds(self.tasks)
 
     @property
+    def solve_count(self) -> int:
+        """Tasks per type and step that the solver trains on besides the measuring attempts."""
+        return self.batch if self.solve_prompts < 0 else self.solve_prompts
+
+    def new_buffer(self, kind: Kind) -> Buffer:
+        """An empty buffer as these options want it."""
+        return Buffer(self.buffer_size, kind.key, self.buffer_drops, self.reference_draw)
+
+    @property
     def tag_names(self) -> Tags:
         """Think and answer tag; raises ValueError for what names no two."""
         return read_tags(self.tags)
@@ -123,7 +145,7 @@ class Config:
                 raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
             if item.name in ABOVE_ZERO and value <= 0:
                 raise ValueError(f"{name} must be above 0, not {value}")
-            if isinstance(value, int | float) and value < 0 and item.name != "zero_reward":
+            if isinstance(value, int | float) and value < 0 and item.name not in MAY_BE_NEGATIVE:
                 raise ValueError(f"{name} must not be negative, but is {value}")
             if isinstance(value, int | float) and not abs(value) < LARGEST:  # nan, too
                 raise ValueError(f"{name} must be a number below {LARGEST}, not {value}")
@@ -132,6 +154,11 @@ class Config:
             raise ValueError("--inputs must be 2 (one pair shown, one hidden) to 10 (the prompt demonstrates no more)")
         if self.buffer_size < self.batch * self.seed_factor:
             raise ValueError("--buffer-size is smaller than the seeds (batch x seed-factor); raise it")
+        if not self.solve_count and (self.control == "fixed" or not self.reuse_measurement_rollouts):
+            raise ValueError("--solve-prompts 0 leaves the solver nothing to train on; raise it, or use "
+                             "--reuse-measurement-rollouts without --control fixed")  # fmt: skip
+        if self.baseline == "task" and not self.reuse_measurement_rollouts:
+            raise ValueError("--baseline task needs --reuse-measurement-rollouts: a task tried once is its own mean")
         if self.eval_every and not self.eval_suites:
             raise ValueError("--eval-every needs --eval-suites, for example --eval-suites cruxeval-o:100")
 
