@@ -18,6 +18,7 @@ from policy.dialogue import Tags, read_tags
 from prompts import KINDS, Kind, load_kinds
 
 TINY_MODEL = Path(__file__).resolve().parent.parent / "tiny" / "model"
+SKILL_MODEL = TINY_MODEL.parent / "skill" / "model"
 
 
 def option(default, help: str, paper: str = "", choices: tuple = ()):
@@ -166,12 +167,19 @@ class Config:
 # What a preset changes against the defaults above. The lengths of the paper need hours a step on a small card; the
 # presets shorten them to what models of that size write.
 SMALL = {"max_prompt": 2048, "max_response": 1024, "references": 3, "lr": 2e-6}
+TINY = {
+    "batch": 16, "references": 2, "inputs": 4, "lr_decay": "linear", "warmup": 5, "weight_decay": 0.0,
+    "entropy_coef": 0.0, "reuse_measurement_rollouts": True, "engine": "transformers",
+}  # fmt: skip
 PRESETS: dict[str, dict] = {
     "tiny": {
-        "batch": 16, "references": 2, "inputs": 4, "steps": 40, "max_prompt": 448, "max_response": 128,
-        "lr": 3e-4, "lr_decay": "linear", "warmup": 5, "weight_decay": 0.0, "entropy_coef": 0.0,
-        "reuse_measurement_rollouts": True, "engine": "transformers",
+        **TINY, "model": str(TINY_MODEL), "steps": 40, "max_prompt": 448, "max_response": 128, "lr": 3e-4,
         "eval_every": 10, "eval_suites": f"tasks:{TINY_MODEL.parent / 'test.jsonl'}:300",
+    },
+    "tiny-skill": {
+        **TINY, "model": str(SKILL_MODEL), "steps": 450, "max_prompt": 640, "max_response": 160, "lr": 2e-4,
+        "solve_prompts": 0, "baseline": "task", "reference_draw": "frontier", "duplicate_reward": -0.5,
+        "eval_every": 25, "eval_suites": f"tasks:{SKILL_MODEL.parent / 'test.jsonl'}:315",
     },
     "0.5b": {**SMALL, "batch": 32, "inputs": 4, "seed_factor": 2},
     "1.5b": {**SMALL, "batch": 32, "max_prompt": 3072, "max_response": 1536},
@@ -218,8 +226,9 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
         raise ValueError(f"--card {extra.card:g} is for --dry-run and in GB; --memory limits the card that is here")
     if extra.resume:
         return resumed(Path(extra.resume), typed), extra
-    typed["model"] = typed.get("model") or str(TINY_MODEL)
-    preset = typed.get("preset") or ("tiny" if Path(typed["model"]).resolve() == TINY_MODEL else "")
+    typed["model"] = typed.get("model") or PRESETS.get(typed.get("preset"), {}).get("model", str(TINY_MODEL))
+    embedded = {values["model"]: name for name, values in PRESETS.items() if "model" in values}
+    preset = typed.get("preset") or embedded.get(str(Path(typed["model"]).resolve()), "")
     if preset and preset not in PRESETS:
         base, known = preset.removesuffix("-instruct"), f"choose one of {', '.join(PRESETS)}"
         instead = f"use --preset {base}, --template auto does the rest" if base in PRESETS else known
@@ -254,7 +263,7 @@ def resumed(run_dir: Path, typed: dict) -> Config:
 
 def presets_table() -> str:
     """docs/presets.md: what each preset changes, beside the default and the paper's value."""
-    names = [name for name in PRESETS if name != "tiny"] + ["tiny"]
+    names = sorted(PRESETS, key=lambda name: "model" in PRESETS[name])  # the embedded models' come last
     lines = [f"| option | default | paper | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
     for item in fields(Config):
         if any(item.name in PRESETS[name] for name in names):
