@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import evaluate
-from buffers import Buffer, Task, load_tasks, save_tasks
+from buffers import Buffer, Task, load_tasks, repeated, save_tasks
 from executor import Executor
 from harness.config import Config, parse
 from policy.dialogue import STOP, Parts, encode, response_text, split_response, wrap
@@ -177,7 +177,7 @@ def validate(run: Run, proposals: list[Rollout], seeding: list[Kind] | None = No
 
 
 def solve(run: Run, proposals: list[Rollout], step: int) -> list[Rollout]:
-    """G attempts at each valid proposal (they measure learnability) and B attempts per task type that train the
+    """G attempts at each valid proposal (they measure learnability) and `solve_count` per task type that train the
     solver, all in one call of the engine, so that the attempts at one task share their prompt's cache."""
     config, rng = run.config, run.rng(step, "solve")
     attempts = []
@@ -187,9 +187,9 @@ def solve(run: Run, proposals: list[Rollout], step: int) -> list[Rollout]:
             attempts.append(solve_rollout(run, task, step, config.rollouts, trains=config.reuse_measurement_rollouts))
         if config.solve_batch == "previous":
             new = run.buffers[kind].added_at(step - 1)
-        chosen = rng.sample(new, min(config.batch, len(new)))
-        old = run.buffers[kind].sample(config.batch - len(chosen), rng)
-        chosen += old + rng.choices(old or chosen, k=config.batch - len(chosen) - len(old))
+        chosen = rng.sample(new, min(config.solve_count, len(new)))
+        old = run.buffers[kind].sample(config.solve_count - len(chosen), rng)
+        chosen += old + rng.choices(old or chosen, k=config.solve_count - len(chosen) - len(old))
         attempts += [solve_rollout(run, task, step) for task in chosen]
     return generate(run, "solve", attempts, step)
 
@@ -242,28 +242,29 @@ def verify(run: Run, attempts: list[Rollout]) -> None:
 
 def give_rewards(run: Run, proposals: list[Rollout], attempts: list[Rollout], step: int) -> None:
     """Learnability rewards for the proposer (paper equation 4), binary ones for the solver (5), format (6), and
-    then one mean and one standard deviation per (task, role) cell (8)."""
+    then advantages, with one mean and one standard deviation per (task, role) cell (8) unless --baseline says so."""
     config = run.config
     outcomes: dict[str, list[bool]] = {}
     for attempt in attempts:
         attempt.reward = trr.solver_reward(attempt.parts.formatted, attempt.correct)
         if attempt.task.step == step:
             outcomes.setdefault(attempt.task.id, []).append(attempt.correct)
-    for proposal in proposals:
+    for proposal, twice in zip(proposals, repeated([item.task for item in proposals], run.buffers), strict=True):
         if proposal.task:
             measured = outcomes[proposal.task.id][: config.rollouts]
             proposal.solve_rate = proposal.task.solve_rate = sum(measured) / len(measured)
-        proposal.trains = config.train_proposer
+        proposal.trains, most = config.train_proposer, config.duplicate_reward if twice else 1.0
         proposal.reward = trr.proposer_reward(
-            proposal.task is not None, proposal.parts.formatted, proposal.solve_rate, config.zero_reward
+            proposal.task is not None, proposal.parts.formatted, proposal.solve_rate, config.zero_reward, most
         )
     rows = [item for item in [*proposals, *attempts] if item.trains]
     cells = [(item.role, item.kind) for item in rows]
+    tasks = [item.task.id if item.role == "solve" else "" for item in rows]
     rewards = [item.reward for item in rows]
     if config.control == "shuffle":
         rewards = trr.shuffle_within_cells(rewards, cells, run.rng(step, "shuffle"))
     lengths = [len(item.completion.token_ids) for item in rows]
-    advantages = trr.whiten(rewards, cells, lengths, config.advantage_weighting)
+    advantages = trr.advantages(rewards, cells, tasks, lengths, config.baseline, config.advantage_weighting)
     for item, reward, advantage in zip(rows, rewards, advantages.tolist(), strict=True):
         item.reward, item.advantage = reward, advantage
 
@@ -349,7 +350,7 @@ def seed_buffers(run: Run) -> None:
 
 def share(run: Run, seeds: Buffer, kinds: list[Kind]) -> None:
     for kind in kinds:
-        run.buffers[kind.name] = Buffer(run.config.buffer_size, kind.key)
+        run.buffers[kind.name] = run.config.new_buffer(kind)
         for task in seeds:
             run.buffers[kind.name].add(replace(task, kind=kind.name))
 

@@ -1,11 +1,11 @@
 """Tasks and the buffers that self-play fills (one per task type).
 
 What it does: holds validated tasks in a ring that drops the oldest, refuses duplicates (programs that are the same up
-to names, layout and comments), draws references uniformly, reads and writes JSONL.
-What it leaves out: weighting by age or difficulty (the paper reports collapse with recency weighting) and anything
-that needs a model or runs a program.
+to names, layout and comments), draws references uniformly or by learnability, reads and writes JSONL.
+What it leaves out: weighting by age (the paper reports collapse with recency weighting) and anything that needs a
+model or runs a program.
 Paper: section 3.3.1 (buffer initialisation) and 3.3.2 (inputs from the buffers). The official code keeps the *oldest*
-entries once a buffer is full, which freezes what the solver trains on; here the newest stay.
+entries once a buffer is full, which freezes what the solver trains on; here the newest stay, unless `drops` says so.
 
     buffer = Buffer(capacity=16384); buffer.add(KINDS["deduction"].zero()); buffer.sample(6, random.Random(0))
 """
@@ -16,7 +16,7 @@ import json
 import random
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from itertools import takewhile
@@ -114,10 +114,11 @@ def hash_texts(texts: list[str]) -> str:
 
 
 class Buffer:
-    """A ring of tasks: at most `capacity`, the oldest leaves first, no duplicates (equal `key`), uniform draws."""
+    """A ring of tasks: at most `capacity`, no duplicates (equal `key`), uniform draws. When it is full the oldest
+    leaves first, or (`drops="newest"`) nothing enters any more. `draw`: how `draw_references` chooses."""
 
-    def __init__(self, capacity: int = 16384, key: Callable[[Task], str] = program_key):
-        self.capacity, self.key = capacity, key
+    def __init__(self, capacity: int = 16384, key: Callable[[Task], str] = program_key, drops="oldest", draw="uniform"):
+        self.capacity, self.key, self.drops, self.draw = capacity, key, drops, draw
         self.tasks: OrderedDict[str, Task] = OrderedDict()
         self.listed: list[Task] | None = None  # the same as a list, while nothing was added since it was made
 
@@ -127,6 +128,9 @@ class Buffer:
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks.values())
 
+    def __contains__(self, task: Task) -> bool:
+        return self.key(task) in self.tasks
+
     def __getitem__(self, number: int) -> Task:
         """Task `number`, from the oldest on. A step draws for every prompt and adds once: one list serves all draws."""
         if self.listed is None:
@@ -134,11 +138,10 @@ class Buffer:
         return self.listed[number]
 
     def add(self, task: Task) -> bool:
-        """Append a task; False (and no change) if an equal one is already there."""
-        key = self.key(task)
-        if key in self.tasks:
+        """Append a task; False (and no change) if an equal one is already there, or no room is left for new ones."""
+        if task in self or (self.drops == "newest" and len(self) >= self.capacity):
             return False
-        self.tasks[key], self.listed = task, None
+        self.tasks[self.key(task)], self.listed = task, None
         if len(self.tasks) > self.capacity:
             self.tasks.popitem(last=False)
         return True
@@ -151,6 +154,45 @@ class Buffer:
         """The tasks that came in at one step (the "new" slice of the solve batch)."""
         late = takewhile(lambda task: task.step >= step, reversed(self.tasks.values()))  # the newest are at the end
         return [task for task in late if task.step == step][::-1]
+
+
+def frontier_weight(task: Task) -> float:
+    """r(1-r), the share of pairs of attempts that disagree: highest for what the solver can half do. A seed, of which r
+    is not known, counts like r = 0.05; what nobody or everybody solves counts next to nothing, but can be drawn."""
+    return 0.05 if task.solve_rate is None else max(task.solve_rate * (1 - task.solve_rate), 0.001)
+
+
+def draw_references(pools: Sequence[Buffer], count: int, rng: random.Random) -> list[Task]:
+    """Up to `count` different tasks of some buffers as if they were one (putting them together would cost their size):
+    uniformly, or in proportion to `frontier_weight`, as the first buffer's `draw` says."""
+    size = sum(map(len, pools))
+
+    def task(number: int) -> Task:
+        pool, *others = pools
+        while number >= len(pool):
+            number -= len(pool)
+            pool, *others = others
+        return pool[number]
+
+    if pools[0].draw == "uniform":
+        return [task(number) for number in rng.sample(range(size), min(count, size))]
+    chosen: dict[int, Task] = {}
+    while len(chosen) < min(count, size):  # by rejection: no table of weights to keep, and few tries are in vain
+        candidate = task(number := rng.randrange(size))
+        if rng.random() < 4 * frontier_weight(candidate):  # 4: the largest weight is 1/4
+            chosen[number] = candidate
+    return list(chosen.values())
+
+
+def repeated(tasks: Sequence[Task | None], buffers: Mapping[str, Buffer]) -> list[bool]:
+    """Whether each task is in the buffer of its kind already, or equals an earlier one of `tasks`; None never is."""
+    seen: set[tuple[str, str] | None] = set()
+    found = []
+    for task in tasks:
+        key = (task.kind, buffers[task.kind].key(task)) if task else None
+        found.append(task is not None and (key in seen or task in buffers[task.kind]))
+        seen.add(key)
+    return found
 
 
 def save_tasks(path: Path, tasks: Iterable[Task]) -> None:
@@ -189,9 +231,7 @@ def read_task(line: str, kinds: Mapping) -> Task:
     return task
 
 
-def load_buffer(path: Path, capacity: int, kind) -> Buffer:
-    """The buffer whose file holds every task that ever entered it, in order: the last ones are still in it."""
-    buffer = Buffer(capacity, kind.key)
-    for task in load_tasks(path, {kind.name: kind})[-capacity:]:
+def refill(buffer: Buffer, path: Path, kind) -> None:
+    """Bring back a buffer from the file of every task that ever entered it, in order: the last ones are still in it."""
+    for task in load_tasks(path, {kind.name: kind})[-buffer.capacity :]:
         buffer.add(task)
-    return buffer

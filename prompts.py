@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from buffers import Buffer, Task, hash_texts, program_digest
+from buffers import Buffer, Task, draw_references, hash_texts, program_digest
 from policy.dialogue import ASSISTANT, PREAMBLE, USER, arguments, bare, fenced_blocks, find_program, syntax
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,8 +57,8 @@ class Kind(ABC):
         """The one task that is given; seeding starts from it."""
 
     def references(self, buffers: Mapping[str, Buffer], count: int, rng: random.Random) -> list[Task]:
-        """What one propose prompt shows: up to `count` tasks, uniformly."""
-        return buffers[self.name].sample(count, rng)
+        """What one propose prompt shows: up to `count` tasks."""
+        return draw_references([buffers[self.name]], count, rng)
 
     @abstractmethod
     def propose(self, references: Sequence[Task], n_inputs: int) -> list[str]:
@@ -328,10 +328,8 @@ class Induction(Kind):
         return Task(self.name, IDENTITY, values, list(values), message, visible=3, id="zero-induction")
 
     def references(self, buffers: Mapping[str, Buffer], count: int, rng: random.Random) -> list[Task]:
-        """One program of the other two buffers, uniformly; putting them together first would cost their size."""
-        first, second = (buffers[name] for name in self.sources)
-        number = rng.choice(range(len(first) + len(second)))
-        return [first[number] if number < len(first) else second[number - len(first)]]
+        """One program of the other two buffers."""
+        return draw_references([buffers[name] for name in self.sources], 1, rng)
 
     def propose(self, references: Sequence[Task], n_inputs: int) -> list[str]:
         """Raises ValueError without a task whose program is to be described."""

@@ -6,6 +6,7 @@ tests/. Run: python -m pytest -q
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from buffers import Buffer, Task, save_tasks
 from executor import Executor
 from harness.config import TINY_MODEL, parse
 from harness.start import start
-from policy.dialogue import split_response
+from policy.dialogue import Parts, split_response
+from policy.engine import Completion
 from prompts import KINDS, load_kinds
 from tests.test_run import SMALL, assert_same_run, cli
 
@@ -228,6 +230,53 @@ def test_solve_batch_holds_this_steps_tasks_first(run):
     assert len(trained) == run.config.batch and "1-deduction-0" in trained
     measuring = [item for item in attempts if item.task.id == "1-deduction-0"]
     assert len(measuring) == run.config.rollouts + 1
+
+
+def judged(kind: str, number: int, program: str, right: list[bool]) -> tuple[Rollout, list[Rollout]]:
+    """A valid proposal and its measuring attempts, of which those in `right` were right."""
+    task = Task(kind, program, ["2"], ["3"], id=f"1-{kind}-{number}", step=1)
+    well, some = Parts("t", "a", True), Completion([1, 2], None, True)
+    proposal = Rollout("propose", kind, 1, "", [0], task=task, parts=well, completion=some)
+    tried = [Rollout("solve", kind, 1, "", [0], task=task, parts=well, completion=some, correct=one) for one in right]
+    return proposal, tried
+
+
+def test_a_program_that_is_there_already_or_twice_in_a_step_earns_the_bound(run, monkeypatch):
+    run.buffers = {kind: Buffer(100) for kind in KINDS}
+    run.buffers["deduction"].add(numbered(1))
+    programs = [numbered(1).program, numbered(2).program, numbered(2).program]
+    found = [judged("deduction", n, program, [True, False, False, False]) for n, program in enumerate(programs)]
+    for most, rewards in ((1.0, [0.75, 0.75, 0.75]), (-0.5, [-0.5, 0.75, -0.5])):
+        monkeypatch.setattr(run, "config", replace(run.config, duplicate_reward=most, rollouts=4))
+        azr.give_rewards(run, [item for item, _ in found], [one for _, tried in found for one in tried], 1)
+        assert [item.reward for item, _ in found] == rewards
+
+
+@pytest.mark.parametrize("baseline", ["cell", "task"])
+def test_the_loop_centres_a_solver_on_its_cell_or_on_its_task(run, monkeypatch, baseline):
+    """Of two tasks one is solved by 3 of 4, one by 1 of 4: the right attempts at both earn alike only by cell."""
+    run.buffers = {kind: Buffer(100) for kind in KINDS}
+    options = {"baseline": baseline, "rollouts": 4, "reuse_measurement_rollouts": True}
+    monkeypatch.setattr(run, "config", replace(run.config, **options))
+    easy = judged("deduction", 1, numbered(1).program, [True, True, True, False])
+    hard = judged("deduction", 2, numbered(2).program, [True, False, False, False])
+    azr.give_rewards(run, [easy[0], hard[0]], easy[1] + hard[1], 1)
+    first, last = easy[1][0].advantage, hard[1][0].advantage
+    assert (last > first + 0.1) == (baseline == "task") and first > 0
+    assert [item.reward for item in easy[1]] == [1.0, 1.0, 1.0, -0.5]
+
+
+def test_without_solve_prompts_only_the_measuring_attempts_are_made(run, monkeypatch):
+    run.buffers = {kind: Buffer(100) for kind in KINDS}
+    for kind in KINDS:
+        run.buffers[kind].add(KINDS[kind].zero())
+    options = {"solve_prompts": 0, "reuse_measurement_rollouts": True, "rollouts": 3}
+    monkeypatch.setattr(run, "config", replace(run.config, **options))
+    proposal, _ = judged("deduction", 0, numbered(2).program, [])
+    attempts = azr.solve(run, [proposal], 1)
+    assert len(attempts) == 3 and all(item.trains and item.task is proposal.task for item in attempts)
+    monkeypatch.setattr(run, "config", replace(run.config, solve_prompts=5))
+    assert len(azr.solve(run, [], 1)) == 5 * len(KINDS)  # of one task each: it is tried again
 
 
 def test_shuffled_rewards_keep_each_cells_rewards():

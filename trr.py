@@ -6,7 +6,7 @@ no files, no globals, no knowledge of Python tasks. Of the project it needs only
 
 What it does, in the order of the file:
     proposer_reward, solver_reward    text -> number is decided elsewhere; here only the reward table
-    whiten                            rewards -> advantages, one mean and one deviation per (task type, role) cell
+    whiten, advantages                rewards -> advantages, one mean and one deviation per (task type, role) cell
     objective                         the clipped loss, the engine/policy correction and the entropy bonus
     micro_batches ... update          samples -> micro-batches, smaller ones if memory runs out -> one AdamW step
 
@@ -14,8 +14,8 @@ What it deliberately leaves out: a KL term and a reference model (the paper has 
 the last token and nothing is discounted), the optimizer (`optimizer.py`), several cards.
 
 Usage:
-    advantages = whiten(rewards, cells, lengths)
-    samples = [Sample(prompt_ids, response_ids, float(a)) for ..., a in zip(..., advantages)]
+    gains = whiten(rewards, cells, lengths)
+    samples = [Sample(prompt_ids, response_ids, float(a)) for ..., a in zip(..., gains)]
     result = update(policy, MasterAdamW(policy), samples, lr=1e-6)  # policy/optimizer.py
 """
 
@@ -29,23 +29,27 @@ from random import Random
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from policy.logprobs import ran_out_of_memory, token_logprobs
+from policy.logprobs import logit_scale, ran_out_of_memory, token_logprobs
+from policy.packing import can_pack
 
 
-def proposer_reward(valid: bool, formatted: bool, solve_rate: float | None, zero_reward: float = 0.0) -> float:
+def proposer_reward(
+    valid: bool, formatted: bool, solve_rate: float | None, zero_reward: float = 0.0, most: float = 1.0
+) -> float:
     """Learnability reward of one proposal (paper eq. 4, with the format penalty of eq. 6).
 
     -1 if the proposal is not a valid task or the response breaks the think/answer format; `zero_reward` if the solver
     always or never succeeds (0 in the paper, -0.5 in the official code); else 1 - solve_rate: hard but possible pays.
+    `most` bounds the reward of a task, for one that is not new.
     """
     if not (valid and formatted):
         return -1.0
     if solve_rate is None or not 0.0 <= solve_rate <= 1.0:
         raise ValueError(f"A valid proposal needs a solve rate between 0 and 1, got {solve_rate}.")
-    return zero_reward if solve_rate in (0.0, 1.0) else 1.0 - solve_rate
+    return min(most, zero_reward if solve_rate in (0.0, 1.0) else 1.0 - solve_rate)
 
 
 def solver_reward(formatted: bool, correct: bool) -> float:
@@ -53,6 +57,14 @@ def solver_reward(formatted: bool, correct: bool) -> float:
     if not formatted:
         return -1.0
     return 1.0 if correct else -0.5
+
+
+def rows_of(labels: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+    """The rows that carry each label, labels in the order in which they first appear."""
+    rows: dict[Hashable, list[int]] = {}
+    for i, label in enumerate(labels):
+        rows.setdefault(label, []).append(i)
+    return rows
 
 
 def whiten(
@@ -78,8 +90,7 @@ def whiten(
         raise ValueError("Every reward must be finite and every response must have at least one token.")
     weight = length if weighting == "token" else torch.ones_like(length)
     advantage = torch.zeros_like(reward)
-    for cell in dict.fromkeys(cells):
-        rows = torch.tensor([i for i, other in enumerate(cells) if other == cell])
+    for rows in map(torch.tensor, rows_of(cells).values()):
         r, w = reward[rows], weight[rows]
         if (r == r[0]).all():
             continue  # 0/0 in eq. 8; the 1e-8 alone would amplify rounding noise
@@ -90,11 +101,33 @@ def whiten(
     return advantage
 
 
+def advantages(
+    rewards: Sequence[float],
+    cells: Sequence[Hashable],
+    tasks: Sequence[Hashable],
+    lengths: Sequence[int],
+    baseline: str = "cell",
+    weighting: str = "sequence",
+) -> Tensor:
+    """Advantages (R,) centred on what `baseline` names; the lists are of the R rows.
+
+    "cell": `whiten`, the paper's. "global": the same with all rows in one cell. "task": a reward first loses the mean
+    of the rows of its cell that have the same `tasks`, so that only attempts at one task are compared and how hard it
+    is adds no variance; the deviation is still the cell's. A row whose task has no other teaches nothing then.
+    """
+    centred = list(rewards)
+    if baseline == "task":
+        for rows in rows_of(list(zip(cells, tasks, strict=True))).values():
+            mean = sum(rewards[i] for i in rows) / len(rows)
+            for i in rows:
+                centred[i] -= mean
+    return whiten(centred, [""] * len(cells) if baseline == "global" else cells, lengths, weighting)
+
+
 def shuffle_within_cells(rewards: Sequence[float], cells: Sequence[Hashable], rng: Random) -> list[float]:
     """The control: every reward goes to another row of its cell, so that it says nothing about the row."""
     shuffled = list(rewards)
-    for cell in sorted(set(cells)):
-        rows = [i for i, other in enumerate(cells) if other == cell]
+    for _, rows in sorted(rows_of(cells).items()):
         moved = [rewards[i] for i in rows]
         rng.shuffle(moved)
         for i, reward in zip(rows, moved, strict=True):
@@ -217,34 +250,6 @@ def collate(samples: Sequence[Sample], rows: Sequence[int], packed: bool, device
     )
 
 
-def segment_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **_):
-    """Causal attention inside each packed row: (1, heads, T, D) is cut at `segments` and each piece attends to itself.
-
-    Packing without a (T, T) block mask and without the flash-attn package; any fused kernel of torch can serve a piece.
-    Measured on a CPU with mixed lengths: 6 to 20 % more tokens/s than sorted padded micro-batches.
-    """
-    if segments is None or attention_mask is not None:
-        raise ValueError("Segment attention serves packed rows only: pass `segments` and no mask.")
-    grouped = query.shape[1] != key.shape[1]
-    pieces = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-        for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)
-    ]
-    return torch.cat(pieces, 2).transpose(1, 2).contiguous(), None  # (1, T, heads, D)
-
-
-AttentionInterface.register("segments", segment_attention)
-# On Hopper cards torch prefers cuDNN's attention, which plans anew (about a second) for every new row length, and here
-# hardly two are equal (huggingface/transformers#48163). The flash kernel needs no plan.
-torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def can_pack(policy: PreTrainedModel) -> bool:
-    """Whether packed rows are known to be exact: plain causal attention in every layer. Others are padded."""
-    layers = getattr(policy.config, "layer_types", None) or ["full_attention"]
-    return policy.config.model_type in ("llama", "qwen2", "qwen3") and set(layers) == {"full_attention"}
-
-
 @contextmanager
 def _training(policy: PreTrainedModel, packed: bool) -> Iterator[None]:
     """The attention that fits the layout, and no dropout: with one step per batch the policy that sampled is the one
@@ -262,17 +267,6 @@ def _training(policy: PreTrainedModel, packed: bool) -> Iterator[None]:
     finally:
         F.dropout, policy.config._attn_implementation = dropout, attention
         policy.train(mode)
-
-
-def logit_scale(config) -> float:
-    """What a model multiplies its logits with (Granite, Cohere, Falcon-H1). Raises ValueError for one that bends them.
-    The check at start (harness/check.py) finds what goes by other names."""
-    if any(
-        getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    ):
-        raise ValueError("This model caps its logits (as Gemma 2), which the update does not: train another --model.")
-    factors = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier")]
-    return math.prod(factors) / (getattr(config, "logits_scaling", None) or 1.0)
 
 
 def response_logprobs(

@@ -24,7 +24,7 @@ from harness.config import Config
 from policy.dialogue import encode, inspect_dialogue, wrap
 from policy.engine import Engine, SyncError, first_line
 from policy.load import LOAD_ERRORS, load_config, load_tokenizer, positions
-from policy.logprobs import ran_out_of_memory
+from policy.logprobs import logit_scale, ran_out_of_memory
 
 # Mean |engine logprob - policy logprob| in nats per token that a run bears: rounding is below 1e-4 in float32 and below
 # 0.05 in bfloat16; stale weights were seen at 0.2 and more.
@@ -33,7 +33,7 @@ LIMITS = {"float32": 0.005, "bfloat16": 0.1}
 
 def inspect_config(config: Config, hf_config) -> dict[str, str]:
     """Whether the update can compute such a model and lengths fit its positions; raises ValueError where not."""
-    trr.logit_scale(hf_config)
+    logit_scale(hf_config)
     most, wanted = positions(hf_config), config.max_prompt + config.max_response
     if most and wanted > most:
         prompt = max(1, most * config.max_prompt // wanted)

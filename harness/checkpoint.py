@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from buffers import Buffer, load_buffer
+from buffers import Buffer, refill
 from policy.engine import first_line
 from policy.logprobs import ran_out_of_memory
 from policy.lora import merged_weights
@@ -131,12 +131,10 @@ def find(run_dir: Path) -> Path | None:
     return link if link.exists() else None
 
 
-def load(
-    run_dir: Path, optimizer, capacity: int, kinds: Mapping[str, Kind], steps: int
-) -> tuple[int, dict[str, Buffer]]:
-    """Read the newest checkpoint into the optimizer and the RNGs, cut the logs back, return (step, buffers). The
-    policy's weights were read from RUN/checkpoint already. Raises ValueError naming the broken file and the remedy,
-    for a run of other task types, and for one that has more than `steps` steps."""
+def load(run_dir: Path, optimizer, buffers: Mapping[str, Buffer], kinds: Mapping[str, Kind], steps: int) -> int:
+    """Read the newest checkpoint into the optimizer, the RNGs and the empty buffers, cut the logs back, return the
+    step. The policy's weights were read from RUN/checkpoint already. Raises ValueError naming the broken file and the
+    remedy, for a run of other task types, and for one that has more than `steps` steps."""
     folder = run_dir / "checkpoint"
     anew = f"start a new run from the weights with --model {folder}"
     try:
@@ -165,4 +163,6 @@ def load(
     for log, size in saved.items():
         if found[log] > size:
             os.truncate(run_dir / log, size)
-    return step, {name: load_buffer(run_dir / f"buffers/{name}.jsonl", capacity, kind) for name, kind in kinds.items()}
+    for name, kind in kinds.items():
+        refill(buffers[name], run_dir / f"buffers/{name}.jsonl", kind)
+    return step

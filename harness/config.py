@@ -13,10 +13,12 @@ import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from buffers import Buffer
 from policy.dialogue import Tags, read_tags
 from prompts import KINDS, Kind, load_kinds
 
 TINY_MODEL = Path(__file__).resolve().parent.parent / "tiny" / "model"
+SKILL_MODEL = TINY_MODEL.parent / "skill" / "model"
 
 
 def option(default, help: str, paper: str = "", choices: tuple = ()):
@@ -29,6 +31,7 @@ ABOVE_ZERO = (
     "steps", "batch", "rollouts", "max_prompt", "max_response", "seed_factor", "seed_limit", "buffer_size", "lr",
     "grad_clip", "minibatches", "save_every",
 )  # fmt: skip
+MAY_BE_NEGATIVE = ("zero_reward", "duplicate_reward", "solve_prompts")
 
 
 @dataclass
@@ -61,13 +64,24 @@ class Config:
     seeds: str = option("", "JSONL of seed tasks from an earlier run (RUN/seeds.jsonl)")
     seed_factor: int = option(4, "S, seeds per task type = S x B", "4")
     seed_limit: int = option(40, "give up seeding after this many proposals per wanted seed")
-    buffer_size: int = option(16384, "tasks a buffer holds; the oldest leaves first", "16384, newest dropped")
+    buffer_size: int = option(16384, "tasks a buffer holds", "16384")
+    buffer_drops: str = option("oldest", "what a full buffer loses: its oldest tasks, or whatever is new (ablation)",
+                               "newest, in the official code", ("oldest", "newest"))  # fmt: skip
+    reference_draw: str = option("uniform", "tasks a proposer is shown: drawn uniformly, or by r(1-r), those at the "
+                                 "solver's frontier first", "uniform", ("uniform", "frontier"))  # fmt: skip
     admit: str = option("all", "which valid tasks enter a buffer: all, or only those solved sometimes", "all",
                         ("all", "learnable"))  # fmt: skip
     solve_batch: str = option("new", "solve this step's tasks first, or the previous step's (official code)", "new",
                               ("new", "previous"))  # fmt: skip
+    solve_prompts: int = option(-1, "tasks per type and step the solver trains on beside the measuring attempts; 0: "
+                                "none, with --reuse-measurement-rollouts; -1: as many as --batch", "B")  # fmt: skip
     # Reward and advantage
     zero_reward: float = option(0.0, "proposer reward when nobody or everybody solves; the official code has -0.5", "0")
+    duplicate_reward: float = option(1.0, "most that a proposal earns whose task is in the buffer already, or came "
+                                     "before in this step; 1: as much as a new one", "1")  # fmt: skip
+    baseline: str = option("cell", "what an advantage is centred on: the mean of its (task type, role) cell, of all "
+                           "rollouts, or for the solver of the attempts at the same task", "cell",
+                           ("cell", "global", "task"))  # fmt: skip
     advantage_weighting: str = option("sequence", "mean and std of a cell per sequence, or per token (official code)",
                                       "sequence", ("sequence", "token"))  # fmt: skip
     train_proposer: bool = option(True, "train the propose role; off: ablation", "on")
@@ -105,6 +119,15 @@ class Config:
         return load_kinds(self.tasks)
 
     @property
+    def solve_count(self) -> int:
+        """Tasks per type and step that the solver trains on besides the measuring attempts."""
+        return self.batch if self.solve_prompts < 0 else self.solve_prompts
+
+    def new_buffer(self, kind: Kind) -> Buffer:
+        """An empty buffer as these options want it."""
+        return Buffer(self.buffer_size, kind.key, self.buffer_drops, self.reference_draw)
+
+    @property
     def tag_names(self) -> Tags:
         """Think and answer tag; raises ValueError for what names no two."""
         return read_tags(self.tags)
@@ -123,7 +146,7 @@ class Config:
                 raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
             if item.name in ABOVE_ZERO and value <= 0:
                 raise ValueError(f"{name} must be above 0, not {value}")
-            if isinstance(value, int | float) and value < 0 and item.name != "zero_reward":
+            if isinstance(value, int | float) and value < 0 and item.name not in MAY_BE_NEGATIVE:
                 raise ValueError(f"{name} must not be negative, but is {value}")
             if isinstance(value, int | float) and not abs(value) < LARGEST:  # nan, too
                 raise ValueError(f"{name} must be a number below {LARGEST}, not {value}")
@@ -132,6 +155,11 @@ class Config:
             raise ValueError("--inputs must be 2 (one pair shown, one hidden) to 10 (the prompt demonstrates no more)")
         if self.buffer_size < self.batch * self.seed_factor:
             raise ValueError("--buffer-size is smaller than the seeds (batch x seed-factor); raise it")
+        if not self.solve_count and (self.control == "fixed" or not self.reuse_measurement_rollouts):
+            raise ValueError("--solve-prompts 0 leaves the solver nothing to train on; raise it, or use "
+                             "--reuse-measurement-rollouts without --control fixed")  # fmt: skip
+        if self.baseline == "task" and not self.reuse_measurement_rollouts:
+            raise ValueError("--baseline task needs --reuse-measurement-rollouts: a task tried once is its own mean")
         if self.eval_every and not self.eval_suites:
             raise ValueError("--eval-every needs --eval-suites, for example --eval-suites cruxeval-o:100")
 
@@ -139,12 +167,19 @@ class Config:
 # What a preset changes against the defaults above. The lengths of the paper need hours a step on a small card; the
 # presets shorten them to what models of that size write.
 SMALL = {"max_prompt": 2048, "max_response": 1024, "references": 3, "lr": 2e-6}
+TINY = {
+    "batch": 16, "references": 2, "inputs": 4, "lr_decay": "linear", "warmup": 5, "weight_decay": 0.0,
+    "entropy_coef": 0.0, "reuse_measurement_rollouts": True, "engine": "transformers",
+}  # fmt: skip
 PRESETS: dict[str, dict] = {
     "tiny": {
-        "batch": 16, "references": 2, "inputs": 4, "steps": 40, "max_prompt": 448, "max_response": 128,
-        "lr": 3e-4, "lr_decay": "linear", "warmup": 5, "weight_decay": 0.0, "entropy_coef": 0.0,
-        "reuse_measurement_rollouts": True, "engine": "transformers",
+        **TINY, "model": str(TINY_MODEL), "steps": 40, "max_prompt": 448, "max_response": 128, "lr": 3e-4,
         "eval_every": 10, "eval_suites": f"tasks:{TINY_MODEL.parent / 'test.jsonl'}:300",
+    },
+    "tiny-skill": {
+        **TINY, "model": str(SKILL_MODEL), "steps": 450, "max_prompt": 640, "max_response": 160, "lr": 2e-4,
+        "solve_prompts": 0, "baseline": "task", "reference_draw": "frontier", "duplicate_reward": -0.5,
+        "eval_every": 25, "eval_suites": f"tasks:{SKILL_MODEL.parent / 'test.jsonl'}:315",
     },
     "0.5b": {**SMALL, "batch": 32, "inputs": 4, "seed_factor": 2},
     "1.5b": {**SMALL, "batch": 32, "max_prompt": 3072, "max_response": 1536},
@@ -191,8 +226,9 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
         raise ValueError(f"--card {extra.card:g} is for --dry-run and in GB; --memory limits the card that is here")
     if extra.resume:
         return resumed(Path(extra.resume), typed), extra
-    typed["model"] = typed.get("model") or str(TINY_MODEL)
-    preset = typed.get("preset") or ("tiny" if Path(typed["model"]).resolve() == TINY_MODEL else "")
+    typed["model"] = typed.get("model") or PRESETS.get(typed.get("preset"), {}).get("model", str(TINY_MODEL))
+    embedded = {values["model"]: name for name, values in PRESETS.items() if "model" in values}
+    preset = typed.get("preset") or embedded.get(str(Path(typed["model"]).resolve()), "")
     if preset and preset not in PRESETS:
         base, known = preset.removesuffix("-instruct"), f"choose one of {', '.join(PRESETS)}"
         instead = f"use --preset {base}, --template auto does the rest" if base in PRESETS else known
@@ -227,7 +263,7 @@ def resumed(run_dir: Path, typed: dict) -> Config:
 
 def presets_table() -> str:
     """docs/presets.md: what each preset changes, beside the default and the paper's value."""
-    names = [name for name in PRESETS if name != "tiny"] + ["tiny"]
+    names = sorted(PRESETS, key=lambda name: "model" in PRESETS[name])  # the embedded models' come last
     lines = [f"| option | default | paper | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
     for item in fields(Config):
         if any(item.name in PRESETS[name] for name in names):

@@ -232,8 +232,7 @@ def comparison_table(before: Mapping, after: Mapping) -> str:
 def svg_plot(series: Mapping, title: str, y_label: str, bands: Mapping | None = None) -> str:
     """Curves over steps as an SVG, the same bytes every time. `series`: name -> [(step, value or None), ...]; `bands`:
     name -> [(step, low, high), ...], drawn pale behind the curve of that name. Raises ValueError without any value."""
-    import matplotlib  # only here: it takes half a second to import
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # only here: it takes half a second to import
 
     axes = Figure(figsize=(7.2, 4.0), layout="constrained").add_subplot(title=title, xlabel="step", ylabel=y_label)
     points = {name: sorted((x, math.nan if y is None else y) for x, y in found) for name, found in series.items()}
@@ -245,7 +244,14 @@ def svg_plot(series: Mapping, title: str, y_label: str, bands: Mapping | None = 
             axes.fill_between(*zip(*sorted(band), strict=True), color=line.get_color(), alpha=0.18, linewidth=0)
     axes.grid(color="#dddddd")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return svg_text(axes.figure)
+
+
+def svg_text(figure) -> str:
+    """A matplotlib figure as the text of an SVG, the same bytes every time."""
+    import matplotlib
+
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "azr", "svg.fonttype": "none"}):
-        axes.figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

@@ -24,7 +24,6 @@ import torch
 import transformers
 from jinja2 import TemplateError  # torch requires it; transformers renders templates with it
 
-from buffers import Buffer
 from executor import Executor
 from harness import checkpoint
 from harness.check import inspect_config, inspect_tokenizer, rehearse
@@ -62,12 +61,14 @@ def describe(
         checked |= more
     engine = "vllm" if card and config.engine == "auto" else choose_engine(config.engine)
     host, given, cells = free_host_bytes(), config.memory * GB, len(config.kinds) * config.batch
+    solving = len(config.kinds) * config.solve_count
+    attempts = cells * config.rollouts + solving
     wishes = {
         "card_bytes": (int(card * GB) or given or torch.cuda.mem_get_info()[1]) if device == "cuda" else None,
         "host_bytes": None if card else given if given and device == "cpu" else host,
         "max_len": config.max_prompt + config.max_response,
         "max_prompt": config.max_prompt,
-        "sequences": cells * (config.rollouts + 1),
+        "sequences": attempts,
         "width": 4 if dtype == "float32" else 2,
         "token_budget": config.token_budget or None,
         "checkpointing": config.gradient_checkpointing,
@@ -83,8 +84,8 @@ def describe(
         print("with vLLM it does not fit: the policy generates by itself, which is slower (--engine transformers)")
     print(
         f"model {config.model} | engine {engine} | device {device} | {dtype}\n"
-        f"a step: {cells} proposals + up to {cells * config.rollouts} measuring attempts + {cells} solving attempts = "
-        f"{cells * (config.rollouts + 2)} rollouts of at most {config.max_response} tokens\n{plan.describe()}"
+        f"a step: {cells} proposals + up to {cells * config.rollouts} measuring attempts + {solving} solving attempts"
+        f" = {cells + attempts} rollouts of at most {config.max_response} tokens\n{plan.describe()}"
     )
     if card:
         needed = f"{plan.host_bytes / GB:.0f} GB beside a card of {card:g} GB"
@@ -95,8 +96,8 @@ def describe(
     name = "" if card else torch.cuda.get_device_name() if device == "cuda" else "cpu"
     if known := next((key for key in DEVICES if key in name), None):
         likely = config.max_response // 4  # what models write on average is known only later; a quarter is a guess
-        trained, prompt = cells * (2 + config.rollouts * config.reuse_measurement_rollouts), config.max_prompt // 4
-        seconds = estimate_seconds(hf_config, plan, known, cells * (config.rollouts + 2), trained, prompt, likely)
+        trained = cells + solving + cells * config.rollouts * config.reuse_measurement_rollouts
+        seconds = estimate_seconds(hf_config, plan, known, cells + attempts, trained, config.max_prompt // 4, likely)
         print(f"rough estimate at {likely} tokens a response: {sum(seconds.values()):.0f} s a step on {known}")
     return plan, config, prompts, checked
 
@@ -154,9 +155,9 @@ def start(config: Config, resume: str | None) -> dict:
     weights = config.model if config.lora or not saved else str(saved)
     policy, tokenizer, optimizer, engine = load(config, plan, weights)
     step, watch = 0, Watch()
-    buffers = {name: Buffer(config.buffer_size, kind.key) for name, kind in config.buffered.items()}
+    buffers = {name: config.new_buffer(kind) for name, kind in config.buffered.items()}
     if saved:
-        step, buffers = checkpoint.load(folder, optimizer, config.buffer_size, config.buffered, config.steps)
+        step = checkpoint.load(folder, optimizer, buffers, config.buffered, config.steps)
         for record in checkpoint.read_log(folder / "metrics.jsonl"):
             watch.remember(record)
         engine.sync(policy)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from buffers import Buffer, Task, load_buffer, load_tasks, program_digest, save_tasks
+from buffers import Buffer, Task, draw_references, load_tasks, program_digest, refill, repeated, save_tasks
 from prompts import KINDS
 
 PROGRAM = "def f(items, k):\n    total = 0\n    for x in items:\n        total = total * k + x\n    return total"
@@ -69,6 +69,57 @@ def test_buffer_sampling_is_uniform_without_replacement():
     assert len(buffer.sample(99, rng)) == 10
 
 
+def test_references_at_the_frontier_come_by_r_times_one_minus_r_over_all_pools():
+    rng, counts = random.Random(5), dict.fromkeys((0.5, 0.125, None, 0.0, 1.0), 0)
+    pools = [Buffer(draw="frontier") for _ in range(2)]
+    for number, rate in enumerate(counts):
+        task = numbered(number)
+        task.solve_rate = rate
+        pools[number % 2].add(task)
+    for _ in range(4000):
+        [drawn] = draw_references(pools, 1, rng)
+        counts[drawn.solve_rate] += 1
+    weights = {0.5: 0.25, 0.125: 0.125 * 0.875, None: 0.05, 0.0: 0.001, 1.0: 0.001}
+    for rate, weight in weights.items():
+        assert abs(counts[rate] / 4000 - weight / sum(weights.values())) < 0.03
+    assert len({task.program for task in draw_references(pools, 4, rng)}) == 4
+    assert len(draw_references(pools, 99, rng)) == 5 and draw_references(pools, 0, rng) == []
+
+
+def test_references_are_drawn_uniformly_over_all_pools_unless_told_otherwise():
+    rng, counts = random.Random(6), [0] * 6
+    pools = [Buffer(), Buffer()]
+    for number in range(6):
+        task = numbered(number)
+        task.solve_rate = 0.5 if number == 0 else 1.0
+        pools[number > 3].add(task)
+    for _ in range(3000):
+        for task in draw_references(pools, 2, rng):
+            counts[int(task.program[-1])] += 1
+    assert min(counts) > 900 and max(counts) < 1100
+
+
+def test_a_buffer_that_drops_the_newest_keeps_its_first_tasks_and_says_so(tmp_path):
+    buffer = Buffer(5, drops="newest")
+    assert [buffer.add(numbered(number)) for number in range(8)] == [True] * 5 + [False] * 3
+    assert [task.program[-1] for task in buffer] == list("01234")
+    save_tasks(tmp_path / "entered.jsonl", buffer)
+    again = Buffer(5, drops="newest")
+    refill(again, tmp_path / "entered.jsonl", KINDS["deduction"])
+    assert list(again) == list(buffer)
+
+
+def test_a_task_is_repeated_when_its_buffer_or_its_step_has_it():
+    buffers = {name: Buffer(key=kind.key) for name, kind in KINDS.items()}
+    buffers["deduction"].add(numbered(1))
+    backwards = Task("abduction", numbered(1).program, ["1"], ["2"])
+    renamed = Task("deduction", "def f(y):\n    return y + 2", ["9"], ["11"])
+    tasks = [numbered(1), numbered(2), None, backwards, renamed, None, numbered(3)]
+    assert repeated(tasks, buffers) == [True, False, False, False, True, False, False]
+    inputs = [Task("induction", "def f(x):\n    return x", [n, "7"], [n, "7"], "m") for n in ("1", "2", "1")]
+    assert repeated(inputs, buffers) == [False, False, True]  # other inputs make another induction task
+
+
 def test_tasks_survive_a_file_and_a_truncated_one_names_its_line(tmp_path):
     tasks = [kind.zero() for kind in KINDS.values()]
     save_tasks(tmp_path / "tasks.jsonl", tasks)
@@ -86,7 +137,8 @@ def test_a_full_buffer_comes_back_from_the_file_of_all_that_ever_entered(tmp_pat
         if buffer.add(task):
             entered.append(task)
     save_tasks(tmp_path / "entered.jsonl", entered)
-    again = load_buffer(tmp_path / "entered.jsonl", 20, KINDS["deduction"])
+    again = Buffer(20)
+    refill(again, tmp_path / "entered.jsonl", KINDS["deduction"])
     assert len(entered) > 60 and list(again.tasks.items()) == list(buffer.tasks.items())
     draws = [[held.sample(4, random.Random(seed)) for seed in range(9)] for held in (buffer, again)]
     assert draws[0] == draws[1]

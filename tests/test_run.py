@@ -132,6 +132,8 @@ def test_seeds_are_reusable(whole_run, tmp_path, capfd):
         ["--reuse-measurement-rollouts", "--zero-reward", "-0.5", "--advantage-weighting", "token"],
         ["--solve-batch", "previous", "--admit", "learnable", "--loss-mean", "sequence"],
         ["--minibatches", "2", "--clip-high", "0.28"],
+        ["--baseline", "global", "--buffer-drops", "newest", "--reference-draw", "frontier"],
+        ["--baseline", "task", "--solve-prompts", "0", "--duplicate-reward", "-0.5"],
     ],
 )
 def test_ablations_and_switches_run(whole_run, tmp_path, capsys, extra):
@@ -189,6 +191,9 @@ def test_a_model_too_weak_to_seed_says_how_many_and_why(tmp_path, capfd):
         (["--device", "cuda"], "--device cpu"),
         (["--resume", "/nonexistent"], "config.json"),
         (["--eval-every", "5", "--eval-suites", ""], "--eval-suites"),
+        (["--solve-prompts", "0", "--no-reuse-measurement-rollouts"], "--solve-prompts 0 leaves the solver nothing"),
+        (["--solve-prompts", "0", "--control", "fixed"], "--solve-prompts 0 leaves the solver nothing"),
+        (["--baseline", "task", "--no-reuse-measurement-rollouts"], "--baseline task needs"),
     ],
 )
 def test_wrong_input_gets_one_sentence_and_exit_code_2(capsys, arguments, words):

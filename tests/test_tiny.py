@@ -1,11 +1,13 @@
-"""The embedded tiny model: its tokenizer knows the prompts, its held-out tasks are right, its gold answers are judged
-right by the real executor in every solver cell, and its proposals parse."""
+"""The embedded tiny models: their tokenizers know the prompts, their held-out tasks are right, gold answers are judged
+right by the real executor in every solver cell, proposals parse, and the skill recipe leaves a frontier to cross."""
 
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tiny"))
@@ -18,8 +20,12 @@ from executor import Executor, canonical, parse_arguments  # noqa: E402
 from policy.dialogue import split_response  # noqa: E402
 from prompts import KINDS  # noqa: E402
 
-TASKS = [task for split in ("dev", "test") for task in load_tasks(ROOT / "tiny" / f"{split}.jsonl", KINDS)]
-FORBIDDEN = {KINDS[task.kind].solve(task)[-1] for task in TASKS}
+RECIPES = make.RECIPES
+TASKS = {
+    name: [task for split in ("dev", "test") for task in load_tasks(recipe.folder / f"{split}.jsonl", KINDS)]
+    for name, recipe in RECIPES.items()
+}
+FORBIDDEN = {name: {KINDS[task.kind].solve(task)[-1] for task in tasks} for name, tasks in TASKS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +34,41 @@ def executor():
         yield found
 
 
-def test_held_out_tasks_match_neither_corpus_nor_each_other(tmp_path):
-    tokenizer = make.PreTrainedTokenizerFast.from_pretrained(ROOT / "tiny" / "model")
-    make.check(tokenizer, TASKS, FORBIDDEN, samples=500)
-    splits = {split: {program_digest(t.program) for t in TASKS if t.id.startswith(split)} for split in ("dev", "test")}
+@pytest.mark.parametrize("name", ["habit"])
+def test_held_out_tasks_match_neither_corpus_nor_each_other(name):
+    recipe, tasks = RECIPES[name], TASKS[name]
+    tokenizer = make.PreTrainedTokenizerFast.from_pretrained(recipe.folder / "model")
+    make.check(tokenizer, tasks, FORBIDDEN[name], samples=500, recipe=recipe)
+    splits = {split: {program_digest(t.program) for t in tasks if t.id.startswith(split)} for split in ("dev", "test")}
     assert splits["dev"] and not splits["dev"] & splits["test"]
+    counts = Counter((task.kind, task.depth) for task in tasks)
+    assert counts == {(kind, depth): 80 for kind in KINDS for depth in range(1, recipe.held_out + 1)}
+
+
+def statements(program: str) -> int:
+    return program.count("\n") - 1
+
+
+def test_the_skill_recipe_shows_the_solver_four_statements_and_the_proposer_seven():
+    """What lies between them is the frontier: nothing but self-play can teach it."""
+    recipe, rng = RECIPES["skill"], random.Random(2)
+    tasks = [
+        make.solve_example(rng, kind, True, stage[-1], recipe)[0] for stage in recipe.stages for kind in [*KINDS] * 40
+    ]
+    deepest = max(statements(task.program) for task in tasks)
+    proposed = [split_response(make.propose_example(rng, "deduction", recipe)[1]).answer for _ in range(400)]
+    drafts = [KINDS["deduction"].parse_proposal(answer, [], programs.N_INPUTS)[0] for answer in proposed]
+    depths = Counter(statements(draft.program) for draft in drafts)
+    assert deepest == 4 and set(depths) == set(range(1, 8))
+    assert 0 < sum(depths[depth] for depth in (5, 6, 7)) < 60  # about 7 of 100
+    assert all(reason == 1.0 for _, _, reason, _ in recipe.stages)
+
+
+def test_gaps_between_positions_keep_their_order_and_their_share():
+    torch.manual_seed(0)
+    steps = make.with_gaps(torch.Size((8, 400)), 0.15).diff(dim=1)
+    assert set(steps.unique().tolist()) == {1, 2, 3, 4, 5}
+    assert 0.12 < (steps > 1).float().mean() < 0.18
 
 
 def test_the_check_notices_a_held_out_prompt_in_the_corpus():
@@ -42,12 +78,13 @@ def test_the_check_notices_a_held_out_prompt_in_the_corpus():
         make.check(tokenizer, [task], set(), samples=500)
 
 
-def test_model_folder_is_small():
-    assert sum(path.stat().st_size for path in (ROOT / "tiny" / "model").iterdir()) <= 8_000_000
+@pytest.mark.parametrize("recipe", [RECIPES["habit"]])
+def test_model_folder_is_small(recipe):
+    assert sum(path.stat().st_size for path in (recipe.folder / "model").iterdir()) <= 8_000_000
 
 
 def test_outputs_are_canonical_and_inputs_are_literals(executor):
-    for task in TASKS[::10]:
+    for task in (task for tasks in TASKS.values() for task in tasks[::10]):
         for result, wanted in zip(executor.run([(task.program, task.inputs)])[0], task.outputs, strict=True):
             assert result.ok and result.output == wanted
         for text in task.inputs:

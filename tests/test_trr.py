@@ -12,6 +12,7 @@ from policy.logprobs import token_logprobs
 from policy.optimizer import MasterAdamW, learning_rate
 from trr import (
     Sample,
+    advantages,
     can_pack,
     collate,
     micro_batches,
@@ -99,6 +100,13 @@ def test_proposer_reward_r_over_8_rollouts(solve_rate, paper, official):
     assert proposer_reward(True, True, solve_rate, zero_reward=-0.5) == official
 
 
+def test_a_task_that_is_not_new_earns_no_more_than_the_bound():
+    assert [proposer_reward(True, True, r, 0.0, most=-0.5) for r in (0.0, 0.25, 1.0)] == [-0.5] * 3
+    assert proposer_reward(True, True, 0.25, 0.0, most=0.5) == 0.5
+    assert proposer_reward(True, True, 0.75, 0.0, most=0.5) == 0.25  # a bound, not a value
+    assert proposer_reward(False, True, None, most=-0.5) == proposer_reward(True, False, 0.25, most=-0.5) == -1.0
+
+
 def test_proposer_reward_of_invalid_or_badly_formed_is_minus_one():
     assert proposer_reward(False, True, None) == proposer_reward(False, False, None) == -1.0
     assert proposer_reward(True, False, 0.5) == -1.0
@@ -168,6 +176,33 @@ def test_group_plus_one_100_tokens_minus_half_300_tokens():
     token = whiten(rewards, cells, lengths, "token")
     deviation = math.sqrt((100 * 1.125**2 + 300 * 0.375**2) / 399 + 1e-8)  # around mu = -0.125
     np.testing.assert_allclose(token.numpy(), [1.125 / deviation, -0.375 / deviation], rtol=1e-12)
+
+
+def test_a_baseline_per_task_compares_attempts_at_one_task_only():
+    """An easy and a hard task of one cell: only who did better than the others at the same task is rewarded."""
+    rewards, cells = [1.0, 1.0, 1.0, -0.5, 1.0, -0.5, -0.5, -0.5, 1.0], [("solve", "deduction")] * 9
+    tasks = ["easy"] * 4 + ["hard"] * 4 + ["once"]
+    found = advantages(rewards, cells, tasks, [3] * 9, "task")
+    less = np.array([0.375] * 3 + [-1.125] + [1.125] + [-0.375] * 3 + [0.0])
+    np.testing.assert_allclose(found, less / math.sqrt(np.var(less, ddof=1) + 1e-8), rtol=1e-12)
+    assert found[4] == 3 * found[0] > 0 == found[8]
+    paper = advantages(rewards, cells, tasks, [3] * 9)
+    assert torch.equal(paper, whiten(rewards, cells, [3] * 9)) and paper[0] == paper[4] == paper[8]
+
+
+def test_a_baseline_per_task_leaves_other_cells_and_tasks_of_other_kinds_alone():
+    cells = [("propose", "deduction")] * 3 + [("solve", "deduction")] * 2 + [("solve", "abduction")] * 2
+    rewards, tasks = [0.875, 0.0, -1.0, 1.0, -0.5, 1.0, 1.0], ["", "", "", "a", "a", "a", "a"]
+    found = advantages(rewards, cells, tasks, [5] * 7, "task")
+    np.testing.assert_allclose(found[:3], whiten(rewards[:3], cells[:3], [5] * 3), rtol=1e-12)
+    assert found[3] == -found[4] > 0 and not found[5:].any()
+
+
+def test_a_global_baseline_is_one_cell_for_all_rows():
+    rewards, cells = [1.0, -0.5, 0.5, 0.5], ["a", "a", "b", "b"]
+    found = advantages(rewards, cells, ["t"] * 4, [1, 2, 3, 4], "global", "token")
+    assert torch.equal(found, whiten(rewards, [0] * 4, [1, 2, 3, 4], "token")) and found[2] > 0
+    assert not advantages(rewards, cells, ["t"] * 4, [1, 2, 3, 4], "cell", "token")[2:].any()
 
 
 def test_whiten_of_nothing_is_empty():

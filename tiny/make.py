@@ -1,12 +1,14 @@
-"""Make the embedded tiny model from nothing: tokenizer, corpus, pre-training, held-out tasks.
+"""Make the embedded tiny models from nothing: tokenizer, corpus, pre-training, held-out tasks.
 
 What it does: phrases the problems of `programs.py` as the six prompts of `prompts.py` with responses, trains a Llama of
 about one million parameters on the responses, and writes the frozen held-out tasks, whose programs and prompts the
 corpus never contains.
-What it leaves out: any text that is not made here. What the base model was given, and what not: `tiny/README.md`.
+There are two recipes: one model seldom uses a skill that it has (habit), the other has a frontier to cross (skill).
+What it leaves out: any text that is not made here. What the base models were given, and what not: `tiny/README.md`.
 
-    python tiny/make.py            # all of it, the same for a given torch version, thread count and seed
-    python tiny/make.py --check    # only verify: corpus against held-out tasks, traces, tokenizer round trip
+    python tiny/make.py                   # all of tiny/, the same for a given torch version, thread count and seed
+    python tiny/make.py --recipe skill    # all of tiny/skill/
+    python tiny/make.py --check           # only verify both: corpus against held-out tasks, traces, tokenizer
 """
 
 import argparse
@@ -16,6 +18,7 @@ import string
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -49,6 +52,35 @@ from prompts import KINDS, Induction
 HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What the two models differ in
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model. Of a stage: (steps, peak learning rate, share of solver responses that reason, statements of the
+    solver's deepest program)."""
+
+    folder: Path  # of model/, dev.jsonl and test.jsonl
+    stages: tuple[tuple[int, float, float, int], ...]
+    reach: tuple[float, ...]  # weights of the proposer's programs of 1, 2, ... statements
+    held_out: int  # statements of the deepest held-out programs
+    rare: bool  # whether some operations are shown seldom (programs.RARE)
+    jitter: float  # share of tokens with a gap before their position
+    seed: int
+
+
+# habit: the last stage makes the model answer at once mostly, although it can do better. skill: the solver always
+# reasons and is shown programs of up to four statements, the proposer reaches further; gaps between the positions keep
+# the model from ending a reasoning by its length alone, so that it can at least begin what it was never shown.
+RECIPES = {
+    "habit": Recipe(HERE, ((1200, 5e-3, 0.9, 3), (700, 3e-3, 0.9, 4), (60, 1e-3, 0.08, 4)), (3, 4, 3), 5, True, 0.0, 0),
+    "skill": Recipe(
+        HERE / "skill", ((2000, 5e-3, 1.0, 3), (2400, 3e-3, 1.0, 4)), (8, 8, 6, 4, 1, 0.5, 0.5), 7, False, 0.15, 5
+    ),
+}
+HABIT = RECIPES["habit"]
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Responses. With reasoning: one clause per statement. Without: straight to the answer.
 
 REASON = "Step by step: "
@@ -62,11 +94,13 @@ def respond(label: str, content: str, clauses: list[str]) -> str:
     return think + ANSWER.format(label=label) + content + END
 
 
-def solve_example(rng: random.Random, kind: str, reason: bool, deepest: int = 3) -> tuple[Task, str]:
+def solve_example(
+    rng: random.Random, kind: str, reason: bool, deepest: int = 3, recipe: Recipe = HABIT
+) -> tuple[Task, str]:
     """(task, response) for one solver prompt; the response is right."""
     depth = rng.choice(range(1, deepest + 1))
     while True:
-        item = problem(rng, "corpus", depth, N_INPUTS if kind == "induction" else 1, uniform=False)
+        item = problem(rng, "corpus", depth, N_INPUTS if kind == "induction" else 1, uniform=not recipe.rare)
         task = as_task(rng, kind, item)
         if kind == "abduction":
             values = undo(item.steps, item.outputs[0])
@@ -85,9 +119,10 @@ def solve_example(rng: random.Random, kind: str, reason: bool, deepest: int = 3)
         return task, respond("python", item.program, clauses if reason else [])
 
 
-def propose_example(rng: random.Random, kind: str) -> tuple[list[str], str]:
+def propose_example(rng: random.Random, kind: str, recipe: Recipe = HABIT) -> tuple[list[str], str]:
     """(prompt turns, response) for one proposer prompt: a program of the corpus split and inputs that run."""
-    depth = rng.choices((1, 2, 3), (3, 4, 3))[0]
+    depths = range(1, len(recipe.reach) + 1)
+    depth = rng.choices(depths, recipe.reach)[0]
     if kind == "induction":
         item = problem(rng, "corpus", depth, N_INPUTS + 1)
         if rng.random() < 0.03:  # the identity, which is what self-play starts from
@@ -102,13 +137,13 @@ def propose_example(rng: random.Random, kind: str) -> tuple[list[str], str]:
     item = problem(rng, "corpus", depth)
     references = []
     for _ in range(rng.choice((1, 2, 2, 2))):
-        other = problem(rng, "corpus", rng.choices((1, 2, 3), (3, 4, 3))[0])
+        other = problem(rng, "corpus", rng.choices(depths, recipe.reach)[0])
         references.append(KINDS[kind].zero() if rng.random() < 0.1 else as_task(rng, kind, other))
     body = f"{item.program}\n```\n```input\nf({item.values[0]!r})"
     return KINDS[kind].propose(references, N_INPUTS), respond("python", body, [])
 
 
-# Shares of the six cells in the corpus. How often a solver's response reasons is a matter of the stage (STAGES).
+# Shares of the six cells in the corpus. How often a solver's response reasons is a matter of the stage.
 CELLS = (("propose", "abduction", 0.5), ("propose", "deduction", 0.5), ("propose", "induction", 0.6)) + tuple(
     ("solve", kind, 4 if kind == "induction" else 3) for kind in KINDS
 )
@@ -116,16 +151,16 @@ CELLS = (("propose", "abduction", 0.5), ("propose", "deduction", 0.5), ("propose
 INDUCTION_REASONS = 0.2  # least share there: reasoning is worth less, so a habit as rare as the others' is not found
 
 
-def corpus(rng: random.Random, reason: float, deepest: int, forbidden: set) -> Iterator[tuple]:
+def corpus(rng: random.Random, reason: float, deepest: int, forbidden: set, recipe: Recipe = HABIT) -> Iterator[tuple]:
     """Endless (prompt turns, response) pairs; a share `reason` of the solver's responses reasons first, its programs
     have up to `deepest` statements, and none of the prompts is in `forbidden`."""
     while True:
         role, kind, _ = rng.choices(CELLS, [share for *_, share in CELLS])[0]
         if role == "propose":
-            yield propose_example(rng, kind)
+            yield propose_example(rng, kind, recipe)
             continue
         share = max(reason, INDUCTION_REASONS) if kind == "induction" else reason
-        task, response = solve_example(rng, kind, rng.random() < share, deepest)
+        task, response = solve_example(rng, kind, rng.random() < share, deepest, recipe)
         prompt = KINDS[task.kind].solve(task)
         if prompt[-1] not in forbidden:
             yield prompt, response
@@ -187,9 +222,6 @@ MODEL = {
     "intermediate_size": 512, "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
 TOKENS_PER_BATCH = 4096
-# (steps, peak learning rate, share of solver responses that reason, statements of the deepest program). The last stage
-# makes the habit of the base model: it mostly answers at once, although it can do better.
-STAGES = ((1200, 5e-3, 0.9, 3), (700, 3e-3, 0.9, 4), (60, 1e-3, 0.08, 4))
 
 
 def batches(examples: Iterator[tuple], tokenizer, steps: int, rng: random.Random) -> Iterator[tuple]:
@@ -221,8 +253,16 @@ def batches(examples: Iterator[tuple], tokenizer, steps: int, rng: random.Random
             done += 1
 
 
-def train(model, data: Iterator[tuple], steps: int, peak: float, log: Callable[[str], None]) -> None:
-    """Muon for the matrices, AdamW for the rest, cosine decay after a short warm-up."""
+def with_gaps(shape: torch.Size, jitter: float) -> torch.Tensor:
+    """Positions (B, T) of which a share `jitter` leaves out one to four before it."""
+    gaps = (torch.rand(shape) < jitter) * torch.randint(1, 5, shape)
+    return (gaps + 1).cumsum(1) - 1
+
+
+def train(
+    model, data: Iterator[tuple], steps: int, peak: float, log: Callable[[str], None], jitter: float = 0.0
+) -> None:
+    """Muon for the matrices, AdamW for the rest, cosine decay after a short warm-up. `jitter`: see `with_gaps`."""
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     outer = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = torch.optim.Muon(inner, lr=peak, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
@@ -233,7 +273,8 @@ def train(model, data: Iterator[tuple], steps: int, peak: float, log: Callable[[
         for optimizer in (muon, adam):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][mask[:, 1:]]
+        positions = with_gaps(ids.shape, jitter) if jitter else None
+        hidden = model.model(input_ids=ids, position_ids=positions).last_hidden_state[:, :-1][mask[:, 1:]]
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][mask[:, 1:]])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -250,14 +291,15 @@ def train(model, data: Iterator[tuple], steps: int, peak: float, log: Callable[[
 # All of it, and the checks
 
 
-def check(tokenizer, tasks: list[Task], forbidden: set, samples: int = 3000) -> None:
+def check(tokenizer, tasks: list[Task], forbidden: set, samples: int = 3000, recipe: Recipe = HABIT) -> None:
     """Raise AssertionError where the corpus meets a held-out task, a gold answer is wrong, or a text does not survive
     the tokenizer."""
     for text in fragments():
         assert len(tokenizer.encode(text)) == 1, f"not one token: {text[:60]!r}; the prompts changed, make it again"
     programs = {program_digest(task.program) for task in tasks}
     rng = random.Random(-1)
-    for prompt, response in (pair for pair, _ in zip(corpus(rng, 0.5, 4, forbidden), range(samples), strict=False)):
+    examples = corpus(rng, 0.5, 4, forbidden, recipe)
+    for prompt, response in (pair for pair, _ in zip(examples, range(samples), strict=False)):
         text = wrap(prompt, tokenizer) + response
         assert tokenizer.decode(tokenizer.encode(text)) == text, text
         assert split_response(response).formatted, response
@@ -271,19 +313,20 @@ def check(tokenizer, tasks: list[Task], forbidden: set, samples: int = 3000) -> 
         assert outputs == task.outputs, task
 
 
-def make(seed: int) -> None:
+def make(recipe: Recipe, seed: int) -> None:
     began, cpu = time.perf_counter(), time.process_time()
 
     def log(text: str) -> None:
         print(f"{text}  {time.perf_counter() - began:.0f} s ({time.process_time() - cpu:.0f} cpu-s)", flush=True)
 
-    splits = {split: held_out(split, seed) for split, seed in (("dev", 11), ("test", 13))}
+    splits = {split: held_out(split, seed, recipe.held_out) for split, seed in (("dev", 11), ("test", 13))}
     tasks = [task for split in splits.values() for task in split]
     forbidden = {KINDS[task.kind].solve(task)[-1] for task in tasks}
     tokenizer = build_tokenizer()
-    check(tokenizer, tasks, forbidden)
+    check(tokenizer, tasks, forbidden, recipe=recipe)
+    recipe.folder.mkdir(exist_ok=True)
     for split, found in splits.items():
-        save_tasks(HERE / f"{split}.jsonl", found)
+        save_tasks(recipe.folder / f"{split}.jsonl", found)
     log(f"held-out tasks: {', '.join(f'{len(found)} {split}' for split, found in splits.items())}")
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -292,30 +335,35 @@ def make(seed: int) -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    for number, (steps, peak, reason, deepest) in enumerate(STAGES):
+    for number, (steps, peak, reason, deepest) in enumerate(recipe.stages):
         rng = random.Random(seed + 7 * number)
-        examples = corpus(rng, reason, deepest, forbidden)
-        train(model, batches(examples, tokenizer, steps, rng), steps, peak, log)
-    model.to(torch.float16).save_pretrained(HERE / "model")
-    tokenizer.save_pretrained(HERE / "model")
-    size = sum(path.stat().st_size for path in (HERE / "model").iterdir())
-    log(f"wrote {HERE / 'model'}: {size / 1e6:.1f} MB")
+        examples = corpus(rng, reason, deepest, forbidden, recipe)
+        train(model, batches(examples, tokenizer, steps, rng), steps, peak, log, recipe.jitter)
+    folder = recipe.folder / "model"
+    model.to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    log(f"wrote {folder}: {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the embedded tiny model and its held-out tasks.")
-    parser.add_argument("--check", action="store_true", help="verify what is there and stop")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description="Make an embedded tiny model and its held-out tasks.")
+    parser.add_argument("--recipe", choices=RECIPES, default="habit")
+    parser.add_argument("--check", action="store_true", help="verify what is there of both recipes and stop")
+    parser.add_argument("--seed", type=int, help="another than the recipe's own")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if not arguments.check:
-        make(arguments.seed)
+        recipe = RECIPES[arguments.recipe]
+        make(recipe, recipe.seed if arguments.seed is None else arguments.seed)
         return
-    tasks = [task for split in ("dev", "test") for task in load_tasks(HERE / f"{split}.jsonl", KINDS)]
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / "model")
-    check(tokenizer, tasks, {KINDS[task.kind].solve(task)[-1] for task in tasks})
-    print(f"ok: {len(tasks)} held-out tasks, no program or prompt of them in the corpus, every fragment one token")
+    for name, recipe in RECIPES.items():
+        tasks = [task for split in ("dev", "test") for task in load_tasks(recipe.folder / f"{split}.jsonl", KINDS)]
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.folder / "model")
+        check(tokenizer, tasks, {KINDS[task.kind].solve(task)[-1] for task in tasks}, recipe=recipe)
+        print(
+            f"{name} ok: {len(tasks)} held-out tasks, none of their programs and prompts in the corpus, fragments whole"
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from buffers import Task, program_digest
 from prompts import KINDS
 
-HELD_OUT_DEPTHS = (1, 2, 3, 4, 5)  # statements per program; the corpus stops at 4 (STAGES)
 HELD_OUT_PER_DEPTH = 40
 N_INPUTS, VISIBLE = 4, 2  # pairs of an induction task
 BIGGEST, LONGEST = 15, 5  # |integer| and length of every value on the way, in the corpus
@@ -86,7 +85,7 @@ OPS = [
     Op("'{c}' + x", "put {c} first", "str", "str", tuple(LETTERS), lambda y, c: y[1:]),
     Op("x.replace('{c}', '')", "remove all {c}", "str", "str", tuple(LETTERS), lambda y, c: y),
 ]
-# The base model sees these solved much less often than the others: what it can still learn, not only show.
+# The habit recipe shows these solved much less often than the others: what its model can still learn, not only show.
 RARE = {"x[-1:] + x[:-1]", "x[:2]", "[v * 2 for v in x]", "x * 2", "max(x, {c})", "[v for v in x if v > {c}]"}
 BY_TYPE = {kind: [op for op in OPS if op.takes == kind] for kind in ("int", "list", "str")}
 WEIGHTS = {kind: [0.15 if op.code in RARE else 1.0 for op in ops] for kind, ops in BY_TYPE.items()}
@@ -233,11 +232,12 @@ def as_task(rng: random.Random, kind: str, item: Problem) -> Task:
     return Task(kind, item.program, inputs, outputs, note, visible, depth=len(item.steps))
 
 
-def held_out(split: str, seed: int) -> list[Task]:
-    """The frozen tasks of one split: every kind and depth, all different, programs drawn uniformly."""
+def held_out(split: str, seed: int, deepest: int) -> list[Task]:
+    """The frozen tasks of one split: every kind and depth (statements per program), all different, programs drawn
+    uniformly."""
     rng, tasks, seen = random.Random(seed), [], set()
     for kind in KINDS:
-        for depth in HELD_OUT_DEPTHS:
+        for depth in range(1, deepest + 1):
             count = 0
             while count < HELD_OUT_PER_DEPTH:
                 task = as_task(rng, kind, problem(rng, split, depth, N_INPUTS if kind == "induction" else 1))

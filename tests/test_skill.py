@@ -1,0 +1,87 @@
+"""The queue of benchmarks/skill.py: it goes on after a stop, leaves alone what is done, and its tables count right."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import skill  # noqa: E402
+
+from buffers import load_tasks, save_tasks  # noqa: E402
+from harness.config import parse  # noqa: E402
+from prompts import KINDS  # noqa: E402
+
+FEW = "--batch 3 --rollouts 2 --seed-factor 1 --eval-every 1"
+
+
+def test_the_queue_resumes_what_was_stopped_keeps_what_is_done_and_writes_its_files(tmp_path, monkeypatch, capsys):
+    tasks, out = tmp_path / "held.jsonl", tmp_path / "runs"
+    save_tasks(tasks, load_tasks(ROOT / "tiny/skill/dev.jsonl", KINDS)[:21])  # one of each kind and depth
+    extra = f"{FEW} --eval-suites tasks:{tasks}"
+    job = skill.Job("trained", 0, ())
+    skill.train(job, out, f"{extra} --steps 1".split())
+    assert skill.finished(out / job.name)
+    about = json.loads((out / job.name / "config.json").read_text())
+    about["config"]["steps"] = 2  # as if it had been stopped after its first step
+    (out / job.name / "config.json").write_text(json.dumps(about))
+    assert not skill.finished(out / job.name)
+    arguments = ["--seeds", "0", "--conditions", "trained", "--tasks", str(tasks), "--samples", "4", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["skill.py", *arguments, "--extra", extra, "--results", str(tmp_path / "docs")])
+    skill.main()
+    log = out / "logs" / "trained-0.log"
+    assert "after step 1" in log.read_text() and skill.finished(out / job.name)
+    result = json.loads((tmp_path / "docs/skill.json").read_text())
+    assert result["n"] == 21 and result["n unshown"] == 9 == result["samples"]["tasks"]
+    assert list(result["samples"]["pass"]["trained"]) == ["1", "4"] and list(result["base"]["greedy"]["depth"]) == [
+        *"1234567"
+    ]
+    assert result["conditions"]["trained"]["runs"][0]["proposer"]["last"]["valid"] > 0
+    assert "pass@k" in (tmp_path / "docs/skill.md").read_text()
+    assert "statements of proposed programs" in (tmp_path / "docs/skill.svg").read_text()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and "beyond" not in path.name}
+    skill.main()
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and "beyond" not in path.name}
+    assert before == after
+
+
+@pytest.mark.parametrize("flags", [*skill.CONDITIONS.values(), *skill.ablated().values()])
+def test_every_setting_of_the_queue_is_a_valid_command(flags):
+    config, _ = parse(["--preset", "tiny-skill", *flags])
+    assert config.rollouts * config.batch == 128 or "--rollouts" in flags
+    assert Path(config.eval_suites.split(":")[1]).parts[-3:] == ("tiny", "skill", "test.jsonl")
+
+
+def test_settings_have_names_of_their_own():
+    found, given = skill.ablated(), [flags for group in skill.ABLATIONS.values() for flags in group.values()]
+    assert found["trained"] == [] and len(found) == len(set(map(tuple, given))) == 13
+    assert all(found[skill.named(flags)] == flags for flags in given)
+
+
+def test_unlocked_tasks_are_those_the_base_never_solved_and_lost_ones_the_reverse():
+    def rows(*correct: bool) -> list[dict]:
+        return [{"id": id, "correct": right} for id, right in zip("abcd", correct, strict=True)]
+
+    samples = {"count": 4, "base": dict(zip("abcd", (0.0, 0.0, 0.25, 1.0), strict=True))}
+    samples["trained-7"] = dict(zip("abcd", (0.5, 0.0, 0.0, 1.0), strict=True))
+    runs = {"trained": [{"greedy": rows(True, False, False, True)}]}
+    found = skill.sampled(samples, rows(False, False, True, True), runs, [7])
+    assert found["unlocked"] == {"trained": [1]} and found["lost"] == {"trained": [1]}
+    assert found["never"] == {"base": [2], "trained": [2]}
+    assert found["pass"]["base"] == {"1": pytest.approx(0.3125), "4": pytest.approx(0.5)}
+
+
+def test_differences_are_paired_by_seed_and_task():
+    def rows(*correct: bool) -> list[dict]:
+        kinds = [kind for kind in KINDS for _ in range(2)] * 2
+        depths = [5] * 6 + [2] * 6
+        return [{"kind": k, "depth": d, "correct": c} for k, d, c in zip(kinds, depths, correct, strict=True)]
+
+    before, after = [rows(*[False] * 12)], [rows(*[True] * 6, *[False] * 6), rows(*[True] * 3, *[False] * 9)]
+    found = skill.compare(before, after)
+    assert found["unshown"]["per_seed"] == [1.0, 0.5] and found["unshown"]["mean"] == 0.75
+    assert found["shown"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "per_seed": [0.0, 0.0]}
+    assert found["unshown"]["low"] < 0.75 < found["unshown"]["high"]
