@@ -81,11 +81,12 @@ class Run:
     engine: Engine
     optimizer: MasterAdamW
     executor: Executor
-    plan: Plan
+    plan: Plan | None  # None: nobody planned the memory
     buffers: dict[str, Buffer]
     watch: metrics.Watch  # has read all records of metrics.jsonl
     step: int = 0
     saved: int = -1  # the step of the newest checkpoint
+    writes: bool = True  # False: another process of the same run writes its folder
     status: report.Status = field(default_factory=report.Status)  # the harness's own notes
 
     def rng(self, step: int, purpose: str) -> random.Random:
@@ -98,20 +99,13 @@ class Run:
 
 def train(run: Run) -> None:
     """Self-play from the step after the last finished one until `steps`."""
-    config, collapsed = run.config, False
-    while run.step < config.steps and not collapsed:
+    ended = run.step >= run.config.steps
+    while not ended:
         step, run.status.seconds, began = run.step + 1, Counter(), time.perf_counter()
         proposals, attempts = play(run, step)
         with uninterrupted(run):  # half an optimizer step cannot be saved, so Ctrl-C waits for the end of the step
             update = learn(run, [*proposals, *attempts], step)
-            admit(run, proposals)
-            run.step = step
-            if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                update |= measure(run)
-            record = report.log(run, proposals, attempts, update, time.perf_counter() - began)
-            collapsed = config.stop_on_collapse and bool(record["alarms"])
-            checkpoint.save_due(run, record, last=collapsed or step == config.steps)
-            report.show(run, record, time.perf_counter() - began)
+            ended = close_step(run, proposals, attempts, update, began)
 
 
 def play(run: Run, step: int) -> tuple[list[Rollout], list[Rollout]]:
@@ -122,6 +116,19 @@ def play(run: Run, step: int) -> tuple[list[Rollout], list[Rollout]]:
     verify(run, attempts)
     give_rewards(run, proposals, attempts, step)
     return proposals, attempts
+
+
+def close_step(run: Run, proposals: list[Rollout], attempts: list[Rollout], update: dict, began: float) -> bool:
+    """What follows an update: the tasks enter their buffers, evaluation, logs, checkpoints. Whether the run has ended;
+    `began`: when the step did."""
+    admit(run, proposals)
+    run.step += 1
+    update |= measure(run)
+    record = report.log(run, proposals, attempts, update, time.perf_counter() - began)
+    ended = run.step == run.config.steps or (run.config.stop_on_collapse and bool(record["alarms"]))
+    checkpoint.save_due(run, record, last=ended)
+    report.show(run, record, time.perf_counter() - began)
+    return ended
 
 
 def propose(run: Run, step: int) -> list[Rollout]:
@@ -278,21 +285,11 @@ def learn(run: Run, rollouts: list[Rollout], step: int) -> dict:
     samples = [trr.Sample(prompt, found.token_ids, gain, found.logprobs) for prompt, found, gain in sampled]
     with phase(run, "update", sum(map(len, samples))) as bar:
         result = trr.update(
-            run.policy,
-            run.optimizer,
-            samples,
+            run.policy, run.optimizer, samples, minibatches=config.minibatches, loss_mean=config.loss_mean,
             lr=learning_rate(step - 1, config.lr, config.warmup, config.steps, config.lr_decay),
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            minibatches=config.minibatches,
-            loss_mean=config.loss_mean,
-            entropy_coef=config.entropy_coef,
-            tis_cap=config.importance_cap or None,
-            grad_clip=config.grad_clip,
-            token_budget=run.plan.token_budget,
-            vocab_size=run.engine.vocab_size,
-            progress=bar.update,
-        )
+            grad_clip=config.grad_clip, token_budget=run.plan.token_budget, vocab_size=run.engine.vocab_size,
+            progress=bar.update, **config.objective,
+        )  # fmt: skip
     agree(run.engine, result.mismatch)
     for item, entropy in zip(rows, result.row_entropy, strict=True):
         item.entropy = entropy
@@ -302,6 +299,10 @@ def learn(run: Run, rollouts: list[Rollout], step: int) -> dict:
 
 
 def measure(run: Run) -> dict:
+    """The held-out scores, where they are due: before and after training, and every --eval-every steps."""
+    every = run.config.eval_every
+    if not every or (run.step % every and run.step != run.config.steps):
+        return {}
     with phase(run, "evaluate", 1):
         return evaluate.during_training(run)
 
@@ -339,7 +340,7 @@ def seed_buffers(run: Run) -> None:
             seeds[pool].add(kinds[-1].zero())
             fill(run, seeds[pool], kinds, wanted)
         share(run, seeds[pool], kinds)
-    if not given:
+    if not given and run.writes:
         save_tasks(own.with_suffix(".tmp"), [task for pool in seeds.values() for task in pool])
         own.with_suffix(".tmp").rename(own)
     if empty := [kind for kind in config.kinds if not len(run.buffers[kind])]:
@@ -411,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
 def begin(run: Run) -> None:
     """Before the first step: seed the buffers, measure the untrained model."""
     seed_buffers(run)
-    report.log_start(run, measure(run) if run.config.eval_every else {})
+    report.log_start(run, measure(run))
     checkpoint.save(run, "checkpoint")
 
 

@@ -172,7 +172,7 @@ def same_value(a: object, b: object) -> bool:
 class Executor(AbstractContextManager):
     """Runs batches of programs and judges answers. A context manager; start it before the process grows.
 
-    `lanes`: fork servers, spread over the hash seeds; by default two per core, at most 32. `limits`: any field of
+    `lanes`: fork servers, spread over the hash seeds; by default `most_lanes()`. `limits`: any field of
     `Limits`, say memory_mb=512. `close()` ends the servers.
     """
 
@@ -180,8 +180,7 @@ class Executor(AbstractContextManager):
         self.limits = Limits(**limits)
         if self.limits.isolation not in ("auto", "minimal"):
             raise ValueError(f"isolation must be auto or minimal, not {self.limits.isolation!r}")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.pool = Pool(lanes or min(32, 2 * cores), asdict(self.limits))
+        self.pool = Pool(lanes or most_lanes(), asdict(self.limits))
         self.close = weakref.finalize(self, self.pool.close)  # also when forgotten, also at exit
         self.lanes = self.pool.lanes
         self.layers = self.lanes[0].ready()
@@ -232,6 +231,11 @@ class Executor(AbstractContextManager):
         except BadLiteral:
             return Judgement(False, 0.0, Verdict.OK, "BadLiteral")
         return Judgement(correct, float(correct), Verdict.OK)
+
+
+def most_lanes() -> int:
+    """Fork servers that a machine keeps busy: two per core, at most 32."""
+    return min(32, 2 * (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 
 
 NOT_TRIED = Result(Verdict.TIMEOUT, error="not tried")

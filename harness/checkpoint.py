@@ -89,18 +89,22 @@ def save_due(run, record: dict, last: bool) -> None:
 
 def save(run, name: str) -> None:
     """Write the last finished step of `run` (azr.Run) as a checkpoint and point RUN/`name` at it. Raises OSError naming
-    the folder if the disk is full; the previous checkpoint stays as it was."""
+    the folder if the disk is full; the previous checkpoint stays as it was. All processes of a run take part, since the
+    state may lie in parts on each; one writes it."""
+    merged = {key: weight.cpu() for key, weight in merged_weights(run.policy)} if run.config.lora else None
+    weights, optimizer = merged or run.policy.state_dict(), run.optimizer.state_dict()
+    if not run.writes:
+        return
     folder, partial = run.folder / f"{name}-{run.step:06d}", run.folder / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        merged = {key: weight.cpu() for key, weight in merged_weights(run.policy)} if run.config.lora else None
-        run.policy.save_pretrained(partial, state_dict=merged)
+        run.policy.save_pretrained(partial, state_dict=weights)
         run.tokenizer.save_pretrained(partial)
         name_, keys, *rest = np.random.get_state()
         rng = {"python": random.getstate(), "numpy": (name_, keys.tolist(), *rest), "torch": torch.get_rng_state()}
         rng["cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         sizes = log_sizes(run.folder, [*LOGS, *(f"buffers/{kind}.jsonl" for kind in run.buffers)])
-        state = {"step": run.step, "optimizer": run.optimizer.state_dict(), "rng": rng, "log_sizes": sizes}
+        state = {"step": run.step, "optimizer": optimizer, "rng": rng, "log_sizes": sizes}
         torch.save(state, partial / "trainer.pt")
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)

@@ -138,6 +138,12 @@ class Config:
         more = [name for kind in self.kinds.values() for name in kind.sources if name not in self.kinds]
         return load_kinds(",".join([*more, self.tasks]))  # in the order of seeding: sources before those they serve
 
+    @property
+    def objective(self) -> dict[str, float | None]:
+        """The options of `trr.objective`."""
+        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
+        return clip | {"entropy_coef": self.entropy_coef, "tis_cap": self.importance_cap or None}
+
     def validate(self) -> None:
         """Raise ValueError with one sentence that names the flag to change."""
         for item in fields(self):

@@ -85,18 +85,21 @@ def held_bytes(device: str) -> int:
 
 def log_start(run, update: dict) -> None:
     """The seeds in their buffers, and the record of step 0; `update`: the evaluation of the untrained model."""
+    record = {"step": 0, **metrics.buffer_metrics(run.buffers), **update}
+    run.watch.remember(record)
+    if not run.writes:
+        return
     (run.folder / "buffers").mkdir(exist_ok=True)
     for kind, buffer in run.buffers.items():
         save_tasks(run.folder / f"buffers/{kind}.jsonl", buffer)
-    record = {"step": 0, **metrics.buffer_metrics(run.buffers), **update}
-    run.watch.remember(record)
     append(run.folder / "metrics.jsonl", [record])
     write_tensorboard(run, record)
 
 
 def log(run, proposals: Sequence, attempts: Sequence, update: dict, seconds: float) -> dict:
-    """One flat record into metrics.jsonl, every proposal into tasks.jsonl, some full texts into rollouts.jsonl."""
-    config, step, folder = run.config, run.step, run.folder
+    """The flat record of a step, which the watch reads. It goes into metrics.jsonl, every proposal into tasks.jsonl,
+    some full texts into rollouts.jsonl (`write`)."""
+    config, step = run.config, run.step
     rollouts = [*proposals, *attempts]
     record = {
         "step": step,
@@ -112,6 +115,14 @@ def log(run, proposals: Sequence, attempts: Sequence, update: dict, seconds: flo
     timing = {f"seconds/{name}": round(value, 3) for name, value in (*run.status.seconds.items(), ("step", seconds))}
     timing["generated_tokens"] = sum(len(item.completion.token_ids) for item in rollouts)
     timing |= {name: round(value, 3) for name, value in peaks(run).items()}
+    if run.writes:
+        write(run, proposals, rollouts, record, timing, flagged)
+    return record
+
+
+def write(run, proposals: Sequence, rollouts: Sequence, record: dict, timing: dict, flagged: Sequence) -> None:
+    """A step into the logs of the run folder."""
+    config, step, folder = run.config, run.step, run.folder
     append(folder / "metrics.jsonl", [record])
     append(folder / "timing.jsonl", [{"step": step, **timing}])
     append(folder / "tasks.jsonl", [proposal_record(item) for item in proposals])
@@ -122,13 +133,12 @@ def log(run, proposals: Sequence, attempts: Sequence, update: dict, seconds: flo
     append(folder / "rollouts.jsonl", [rollout_record(item) for item in sampled])
     append(folder / "flagged.jsonl", [{"flags": names, **rollout_record(item)} for item, names in flagged])
     write_tensorboard(run, record | timing)
-    return record
 
 
 def peaks(run) -> dict[str, float]:
-    """Peak memory in GB, of the card or of this process: predicted, and measured so far."""
-    predicted = max(run.plan.train_peak, run.plan.rollout_peak)
-    return {"predicted_peak_gb": predicted / GB, "peak_gb": run.status.peak / GB}
+    """Peak memory in GB, of the card or of this process: predicted, where it was planned, and measured so far."""
+    predicted = {"predicted_peak_gb": max(run.plan.train_peak, run.plan.rollout_peak) / GB} if run.plan else {}
+    return predicted | {"peak_gb": run.status.peak / GB}
 
 
 def proposal_record(item) -> dict:
@@ -195,10 +205,11 @@ def show(run, record: dict, seconds: float) -> None:
 def finish(run) -> None:
     """Predicted and measured memory; when there were evaluations, before and after per task type, greedy and at T = 1,
     and the curve."""
-    predicted, measured = peaks(run).values()
-    print(f"peak memory: {predicted:.2f} GB predicted for responses of full length, {measured:.2f} GB measured")
+    *predicted, measured = peaks(run).values()
+    planned = "".join(f"{peak:.2f} GB predicted for responses of full length, " for peak in predicted)
+    print(f"peak memory: {planned}{measured:.2f} GB measured")
     evaluated = [record for record in run.watch.history if "score" in record]
-    if len(evaluated) < 2:
+    if len(evaluated) < 2 or not run.writes:
         return
     print(comparison_table(evaluated[0], evaluated[-1]))
     names = [key for key in evaluated[0] if re.fullmatch("eval/[^/]+(/(?!depth)[^/]+)?/accuracy", key)]

@@ -24,6 +24,7 @@ import torch
 import transformers
 from jinja2 import TemplateError  # torch requires it; transformers renders templates with it
 
+from buffers import Buffer
 from executor import Executor
 from harness import checkpoint
 from harness.check import inspect_config, inspect_tokenizer, rehearse
@@ -55,8 +56,7 @@ def describe(
     prompts, checked = [], inspect_config(config, hf_config)
     if not card:  # a config is enough to plan for another machine
         tokenizer = load_tokenizer(config.model, hf_config)
-        config = replace(config, template=choose_template(config, tokenizer))
-        config = replace(config, tags=",".join(choose_tags(config.tags, tokenizer, config.template)))
+        config = settle(config, tokenizer)
         prompts, more = inspect_tokenizer(config, tokenizer, fresh)
         checked |= more
     engine = "vllm" if card and config.engine == "auto" else choose_engine(config.engine)
@@ -119,6 +119,12 @@ def free_host_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+def settle(config: Config, tokenizer) -> Config:
+    """The configuration with the template and the tags that "auto" means for this tokenizer. Raises ValueError."""
+    config = replace(config, template=choose_template(config, tokenizer))
+    return replace(config, tags=",".join(choose_tags(config.tags, tokenizer, config.template)))
+
+
 def choose_template(config: Config, tokenizer) -> str:
     """What --template auto means here. Raises ValueError where the chat template is wanted and takes no dialogue."""
     named = any(word in Path(config.model).name.lower() for word in ("instruct", "chat"))
@@ -145,38 +151,56 @@ def start(config: Config, resume: str | None) -> dict:
         raise ValueError("azr needs Linux or macOS: the executor has no way to contain programs on Windows; use WSL")
     executor = Executor()  # first: its servers must start before this process touches the GPU
     plan, used, prompts, checked = describe(config, fresh=not resume)
-    folder = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{Path(config.model).name}")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; choose another --out")
-    if not resume and folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; choose another --out, or --resume {folder}")
-    saved = checkpoint.find(folder) if resume else None
+    folder, saved = find_folder(config, resume)
     # With adapters a resumed run starts from the base weights: the checkpoint holds the merged ones.
     weights = config.model if config.lora or not saved else str(saved)
     policy, tokenizer, optimizer, engine = load(config, plan, weights)
-    step, watch = 0, Watch()
-    buffers = {name: config.new_buffer(kind) for name, kind in config.buffered.items()}
+    step, buffers, watch = restore(folder, saved, config, optimizer)
     if saved:
-        step = checkpoint.load(folder, optimizer, buffers, config.buffered, config.steps)
-        for record in checkpoint.read_log(folder / "metrics.jsonl"):
-            watch.remember(record)
         engine.sync(policy)
-        print(f"resumed {folder} after step {step}")
-    elif resume:  # stopped before the first checkpoint: nothing in the logs counts
-        for log in checkpoint.LOGS:
-            (folder / log).unlink(missing_ok=True)
     checked |= rehearse(policy, tokenizer, engine, optimizer.clear, prompts, saved is not None)
     print(f"checked: {', '.join(checked)} ({checked['update']})")
-    folder.mkdir(parents=True, exist_ok=True)
-    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    about = {"config": asdict(config), "template": used.template, "tags": used.tags, "engine": engine.name}
-    about |= {"sandbox": executor.layers, "versions": versions | {"python": platform.python_version()}}
-    checkpoint.write_atomically(folder / "config.json", json.dumps(about, indent=1))
+    write_config(folder, config, used, engine.name, executor.layers)
     return {
         "config": used, "folder": folder, "policy": policy, "tokenizer": tokenizer,
         "engine": engine, "optimizer": optimizer, "executor": executor, "plan": plan, "buffers": buffers,
         "watch": watch, "step": step, "saved": step if saved else -1,
     }  # fmt: skip
+
+
+def find_folder(config: Config, resume: str | None) -> tuple[Path, Path | None]:
+    """The run folder, not yet made, and after --resume its newest checkpoint. Raises ValueError for a file, for a
+    folder in use and as `checkpoint.find`."""
+    folder = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{Path(config.model).name}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another --out")
+    if not resume and folder.exists() and any(item.suffix != ".tmp" for item in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; choose another --out, or --resume {folder}")
+    return folder, checkpoint.find(folder) if resume else None
+
+
+def restore(folder: Path, saved: Path | None, config: Config, optimizer) -> tuple[int, dict[str, Buffer], Watch]:
+    """(step, buffers, watch) as they were after the last finished step, the optimizer's state too; of a run that has no
+    checkpoint, nothing: what it logged does not count. Raises as `checkpoint.load`."""
+    watch, buffers = Watch(), {name: config.new_buffer(kind) for name, kind in config.buffered.items()}
+    if saved is None:
+        for log in checkpoint.LOGS:
+            (folder / log).unlink(missing_ok=True)
+        return 0, buffers, watch
+    step = checkpoint.load(folder, optimizer, buffers, config.buffered, config.steps)
+    for record in checkpoint.read_log(folder / "metrics.jsonl"):
+        watch.remember(record)
+    print(f"resumed {folder} after step {step}")
+    return step, buffers, watch
+
+
+def write_config(folder: Path, config: Config, used: Config, engine: str, layers: dict) -> None:
+    """RUN/config.json: what was asked for, and what it means here (`used`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    about = {"config": asdict(config), "template": used.template, "tags": used.tags, "engine": engine}
+    about |= {"sandbox": layers, "versions": versions | {"python": platform.python_version()}}
+    checkpoint.write_atomically(folder / "config.json", json.dumps(about, indent=1))
 
 
 def load(config: Config, plan: memory.Plan, model: str) -> tuple:
