@@ -6,7 +6,7 @@ An estimate for orientation, not a measurement; Python, the executor and the une
 import torch
 from transformers import AutoModelForCausalLM
 
-# Dense bf16 TFLOP/s and memory GB/s from the vendors' data sheets; for a CPU, fp32: what `python azr.py` reaches on two.
+# Dense bf16 TFLOP/s and memory GB/s from the vendors' data sheets; for two CPU cores, fp32, from `python azr.py`.
 DEVICES = {"H200": (989, 4800), "H100": (989, 3350), "A100": (312, 2039), "4090": (165, 1008), "cpu": (0.5, 20)}
 MFU, SERVED, HOST = 0.4, 0.32, 50e9  # shares of arithmetic and of memory traffic reached; bytes/s of host memory
 
