@@ -33,8 +33,8 @@ from executor import Executor
 from harness.report import held_bytes
 from policy import memory
 from policy.load import choose_engine, load_config, load_policy, make_engine
+from policy.memory import DEVICES, shape
 from policy.optimizer import MasterAdamW
-from policy.speed import DEVICES, shape
 from trr import Sample, update
 
 QWEN = dict(vocab_size=151936, num_key_value_heads=2, max_position_embeddings=32768, rope_theta=1e6)
@@ -111,7 +111,7 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
 
 def useful_flops(config, samples: list[Sample]) -> float:
     """Arithmetic of forward and backward that no implementation can avoid: 6 per weight and token, and attention."""
-    parameters, width, _ = shape(config)
+    parameters, width, *_ = shape(config)
     table = config.vocab_size * config.hidden_size
     body = parameters - (1 if config.tie_word_embeddings else 2) * table
     attention = sum(

@@ -35,10 +35,9 @@ from policy.dialogue import choose_tags, wrap
 from policy.engine import SyncError, first_line
 from policy.load import choose_engine, load_config, load_policy, load_tokenizer, make_engine
 from policy.logprobs import ran_out_of_memory
-from policy.lora import add_adapters, count_adapters
-from policy.memory import GB
+from policy.lora import add_adapters
+from policy.memory import DEVICES, GB, estimate_seconds
 from policy.optimizer import MasterAdamW
-from policy.speed import DEVICES, estimate_seconds
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before a run
@@ -71,7 +70,7 @@ def describe(
         "width": 4 if dtype == "float32" else 2,
         "token_budget": config.token_budget or None,
         "checkpointing": config.gradient_checkpointing,
-        "trained": count_adapters(hf_config, config.lora) if config.lora else None,
+        "lora": config.lora,
     }
     try:
         plan = memory.plan(hf_config, engine=engine, **wishes)
@@ -90,13 +89,13 @@ def describe(
         needed = f"{plan.host_bytes / GB:.0f} GB beside a card of {card:g} GB"
         print(f"host memory needed: {needed}; {host / GB:.0f} GB are free on this machine")
     kept = 12 if dtype == "bfloat16" else 8  # bytes of masters and two moments, beside the weights
-    disk = (plan.parameters * wishes["width"] + (wishes["trained"] or plan.parameters) * kept) / GB
+    disk = (plan.parameters * wishes["width"] + plan.trained * kept) / GB
     print(f"a checkpoint, every {config.save_every} steps: {disk:.3g} GB on disk, twice that while the next is written")
     name = "" if card else torch.cuda.get_device_name() if device == "cuda" else "cpu"
     if known := next((key for key in DEVICES if key in name), None):
         likely = config.max_response // 4  # what models write on average is known only later; a quarter is a guess
         trained, prompt = cells * (2 + config.rollouts * config.reuse_measurement_rollouts), config.max_prompt // 4
-        seconds = estimate_seconds(hf_config, plan, known, cells * (config.rollouts + 2), trained, prompt, likely)
+        seconds = estimate_seconds(plan, known, cells * (config.rollouts + 2), trained, prompt, likely)
         print(f"rough estimate at {likely} tokens a response: {sum(seconds.values()):.0f} s a step on {known}")
     return plan, config, prompts, checked
 

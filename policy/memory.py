@@ -1,16 +1,21 @@
-"""What will fit: one table of the bytes of both phases of a step, made before anything is loaded.
+"""What will fit: one table of the bytes of both phases of a step, made before anything is loaded; and how long a step
+takes, roughly.
 
 `table` is arithmetic to be checked by hand. `plan` takes the first arrangement that fits: policy and engine side by
 side; engine asleep during the update; asleep, optimizer in host memory. The KV cache gets the rest. Where a plan is
 wrong, `trr.update` halves its micro-batch. What it leaves out: several cards, quantised weights. GB means 1e9 bytes.
 
-    print(plan(load_config(PATH), card_bytes=24 * GB, max_len=4096, sequences=1728).describe())
+    print((found := plan(load_config(PATH), card_bytes=24 * GB, max_len=4096, sequences=1728)).describe())
+    estimate_seconds(found, "4090", sequences=1920, trained=384, prompt=800, response=700)
 """
 
 from dataclasses import dataclass
 from functools import partial
 
-from policy.speed import shape
+import torch
+from transformers import AutoModelForCausalLM
+
+from policy.lora import count_adapters
 
 GB, GiB = 10**9, 2**30
 FILL = 0.95  # share of the memory a plan may use; the rest is for fragmentation and other programs
@@ -22,6 +27,9 @@ ENOUGH_TOKENS = {"cuda": 16384, "cpu": 4096}  # of a micro-batch: larger ones ar
 BATCH_TOKENS = 65536  # of one batch of the transformers engine: longer batches mix short and long rows and gain nothing
 PREFILL_TOKENS = 8192  # of prompts that an engine reads at a time: enough to saturate, and it bounds the activations
 GOOD_ROWS, MOST_ROWS = 256, 512  # sampled at a time: with fewer, decoding slows visibly; with more, it hardly gains
+# Dense bf16 TFLOP/s and memory GB/s from the vendors' data sheets; for a CPU: two cores, fp32, as a guess.
+DEVICES = {"H200": (989, 4800), "H100": (989, 3350), "A100": (312, 2039), "4090": (165, 1008), "cpu": (0.1, 20)}
+MFU, SERVED, HOST = 0.4, 0.32, 50e9  # shares of arithmetic and of memory traffic reached; bytes/s of host memory
 # (engine asleep, gradient checkpointing, optimizer in host memory): a second a step, a third of the update, seconds.
 ARRANGEMENTS = ((False, False, False), (True, False, False), (True, True, False), (True, True, True))
 
@@ -33,6 +41,7 @@ class Plan:
     engine: str
     device: str  # "cuda" or "cpu"
     parameters: int
+    trained: int  # of them, or of the adapters
     sleep: bool
     gradient_checkpointing: bool
     offload_optimizer: bool
@@ -54,11 +63,27 @@ class Plan:
         return "\n".join(lines + [f"  {name}: {getattr(self, name)}" for name in names])
 
 
+def shape(config, rank: int = 0) -> tuple[int, int, int, int]:
+    """(parameters, width of all queries, width of all keys, trained parameters: those of adapters of this rank, or all)
+    of a decoder of the Hugging Face kind; raises ValueError for a model of another kind."""
+    try:
+        with torch.device("meta"):  # a model that takes no memory
+            policy = AutoModelForCausalLM.from_config(config)
+        parameters, heads = sum(p.numel() for p in policy.parameters()), config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        keys = (getattr(config, "num_key_value_heads", None) or heads) * width
+        return parameters, heads * width, keys, count_adapters(policy, rank) if rank else parameters
+    except (AttributeError, TypeError, RuntimeError, ImportError) as error:
+        raise ValueError(
+            f"A {config.model_type} model cannot be planned for ({error}): use another --model."
+        ) from error
+
+
 def table(config, sizes, engine, device, width, rows, read, sleep, again, offload, tokens, cache) -> dict:
-    """Bytes of each part in the (training, rollout) phase, and their sums. `sizes`: `shape(config)`, then the trained
-    parameters; `width`: bytes of a weight; `rows`: sampled at a time; `read`: prompt tokens read at a time;
-    `again`: with gradient checkpointing; `tokens`: of a micro-batch; `cache`: bytes. Autograd keeps of each layer two
-    norms with fp32 copies, inputs and output (twice) of the attention, four inner vectors of the MLP."""
+    """Bytes of each part in the (training, rollout) phase, and their sums. `sizes`: `shape(config)`;
+    `width`: bytes of a weight; `rows`: sampled at a time; `read`: prompt tokens read at a time; `again`: with gradient
+    checkpointing; `tokens`: of a micro-batch; `cache`: bytes. Autograd keeps of each layer two norms with fp32 copies,
+    inputs and output (twice) of the attention, four inner vectors of the MLP."""
     (parameters, q, kv, trained), (context, own, heap), vllm = sizes, HOLD[device], engine == "vllm"
     hidden, vocab = config.hidden_size, config.vocab_size
     weights, states = width * parameters, STATES[width] * trained
@@ -88,19 +113,18 @@ def table(config, sizes, engine, device, width, rows, read, sleep, again, offloa
 
 def plan(
     config, *, card_bytes, max_len, sequences, host_bytes=None, max_prompt=None, engine="vllm", width=2,
-    token_budget=None, checkpointing=False, trained=None,
+    token_budget=None, checkpointing=False, lora=0,
 ) -> Plan:  # fmt: skip
     """The fastest arrangement that fits. Raises ValueError that says in one sentence what to lower when nothing does.
 
     `card_bytes`: memory of the card, None for a CPU; `host_bytes`: free host memory, None if it need not suffice here;
     `max_len`: longest prompt + response in tokens; `sequences`: most of one generate call; `width`: bytes of a weight;
-    `trained`: parameters of adapters (None: all are trained)."""
-    cpu, vllm, sizes = card_bytes is None, engine == "vllm", shape(config)
-    sizes += (trained or sizes[0],)
+    `lora`: rank of adapters (0: all parameters are trained)."""
+    cpu, vllm, sizes = card_bytes is None, engine == "vllm", shape(config, lora)
     device, memory = ("cpu", host_bytes) if cpu else ("cuda", card_bytes)
     limit, states = int(FILL * memory), STATES[width] * sizes[3]
     kv_token = 2 * width * config.num_hidden_layers * sizes[2]
-    can_offload = not (cpu or trained) and (host_bytes is None or states <= FILL * host_bytes)
+    can_offload = not (cpu or lora) and (host_bytes is None or states <= FILL * host_bytes)
 
     def fit(length: int, budget: int | None) -> Plan | None:
         def live(cache: int) -> int:  # vLLM's sequences may reach an eighth of the longest, then it puts some off
@@ -124,7 +148,7 @@ def plan(
             if train >= 0 and cache >= (least if option == options[-1] else wanted):
                 parts = fill(cache * kv_token)
                 held = (cache, cache * kv_token, live(cache), parts, *parts["predicted peak"])
-                return Plan(engine, device, sizes[0], *option, *held, limit, states * option[2])
+                return Plan(engine, device, sizes[0], sizes[3], *option, *held, limit, states * option[2])
         return None
 
     size = f"{sizes[0] / 1e9:.3g} B parameters do not fit in {memory / GB:.0f} GB"
@@ -138,3 +162,22 @@ def plan(
             raise ValueError(f"{size} with sequences of {max_len} tokens; {lower}")
     beside = "" if host_bytes is None or cpu else f" and {host_bytes / GB:.0f} GB of free host memory"
     raise ValueError(f"{size}{beside} at any length; choose a smaller --model, or free or add memory")
+
+
+def estimate_seconds(plan: Plan, device: str, sequences: int, trained: int, prompt: int, response: int) -> dict:
+    """Seconds by phase, from the arithmetic and memory traffic of a decoder against a device's data sheet: an estimate
+    for orientation, in which Python, the executor and the uneven end of a batch are not counted. `sequences` are
+    generated and `trained` of them updated on; mean lengths in tokens."""
+    (tflops, traffic), live = DEVICES[device], min(plan.max_num_seqs, sequences)
+    cached = live * (prompt + response / 2) * plan.kv_cache_bytes / plan.generation_budget
+    read = plan.parts["policy weights"][0] + cached  # bytes for one token of each
+    flops = 2 * plan.parameters  # per token; an update takes three times as much, four with gradient checkpointing
+    decode = max(read / (SERVED * traffic * 1e9), live * flops / (SERVED * tflops * 1e12)) / live
+    update = (4 if plan.gradient_checkpointing else 3) * flops / (MFU * tflops * 1e12)
+    step = (
+        28 * plan.parameters / (HOST if plan.offload_optimizer else traffic * 1e9)
+    )  # each number of the optimizer once
+    return {
+        "generate": sequences * response * decode,
+        "update": trained * (prompt + response) * update + step,
+    }

@@ -13,7 +13,6 @@ Usage:
 import math
 
 import torch
-from torch import Tensor
 from torch.optim.adamw import adamw
 
 
