@@ -47,10 +47,9 @@ class TransformersEngine(Engine):
         neither on the other rows nor on when they leave.
         """
         device, limits = self.policy.device, [request.limit for request, _ in rows]
-        uniforms = torch.zeros(len(rows), max(limits), dtype=torch.float64)
-        for row, length, (request, j) in zip(uniforms, limits, rows, strict=True):
-            row[:length].uniform_(generator=torch.Generator().manual_seed(request.seed + j))
-        uniforms = uniforms.to(device)
+        sources = [torch.Generator().manual_seed(request.seed + j) for request, j in rows]
+        uniforms = [torch.rand(max(limits), generator=source, dtype=torch.float64) for source in sources]
+        uniforms = torch.stack(uniforms).to(device)
         temperature = torch.tensor([request.temperature for request, _ in rows], device=device)
         limit, eos = torch.tensor(limits, device=device), torch.tensor(self.eos, device=device)
         out = torch.zeros(uniforms.shape, dtype=torch.long, device=device)  # (B, T) sampled ids
