@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from policy.logprobs import ran_out_of_memory, token_logprobs
+from policy.logprobs import CHUNK, ran_out_of_memory, token_logprobs
 
 
 def proposer_reward(valid: bool, formatted: bool, solve_rate: float | None, zero_reward: float = 0.0) -> float:
@@ -321,7 +321,7 @@ def update(
     grad_clip: float = 1.0,
     minibatches: int = 1,
     packed: bool | None = None,
-    chunk: int = 512,
+    chunk: int = CHUNK,
     vocab_size: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     **options: float | None,

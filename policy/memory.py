@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from transformers import AutoModelForCausalLM
 
+from policy.logprobs import CHUNK
 from policy.lora import count_adapters
 
 GB, GiB = 10**9, 2**30
@@ -22,7 +23,6 @@ FILL = 0.95  # share of the memory a plan may use; the rest is for fragmentation
 STATES = {2: 12, 4: 8}  # bytes of optimizer per parameter: fp32 master, two moments; fp32 weights are their own masters
 # Bytes of CUDA (or Python) and of vLLM itself; factor of short-lived tensors: the heap of a CPU is full of holes.
 HOLD = {"cuda": (1.2 * GiB, 1.0 * GiB, 1.0), "cpu": (0.4 * GB, 0.35 * GB, 1.4)}
-CHUNK = 512  # tokens whose logits exist at the same time in logprobs.token_logprobs
 ENOUGH_TOKENS = {"cuda": 16384, "cpu": 4096}  # of a micro-batch: larger ones are no faster; 1/8 is tried as well
 BATCH_TOKENS = 65536  # of one batch of the transformers engine: longer batches mix short and long rows and gain nothing
 PREFILL_TOKENS = 8192  # of prompts that an engine reads at a time: enough to saturate, and it bounds the activations
