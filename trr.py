@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from policy.logprobs import logit_scale, ran_out_of_memory, token_logprobs
+from policy.logprobs import CHUNK, logit_scale, ran_out_of_memory, token_logprobs
 from policy.packing import can_pack
 
 
@@ -315,7 +315,7 @@ def update(
     grad_clip: float = 1.0,
     minibatches: int = 1,
     packed: bool | None = None,
-    chunk: int = 512,
+    chunk: int = CHUNK,
     vocab_size: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     **options: float | None,

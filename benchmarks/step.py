@@ -111,7 +111,7 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
 
 def useful_flops(config, samples: list[Sample]) -> float:
     """Arithmetic of forward and backward that no implementation can avoid: 6 per weight and token, and attention."""
-    parameters, width, _ = shape(config)
+    parameters, width, *_ = shape(config)
     table = config.vocab_size * config.hidden_size
     body = parameters - (1 if config.tie_word_embeddings else 2) * table
     attention = sum(

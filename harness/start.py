@@ -35,7 +35,7 @@ from policy.dialogue import choose_tags, wrap
 from policy.engine import SyncError, first_line
 from policy.load import choose_engine, load_config, load_policy, load_tokenizer, make_engine
 from policy.logprobs import ran_out_of_memory
-from policy.lora import add_adapters, count_adapters
+from policy.lora import add_adapters
 from policy.memory import GB
 from policy.optimizer import MasterAdamW
 from policy.speed import DEVICES, estimate_seconds
@@ -44,14 +44,10 @@ from policy.speed import DEVICES, estimate_seconds
 # Before a run
 
 
-def describe(
-    config: Config, card: float = 0.0, fresh=True
-) -> tuple[memory.Plan, Config, list[list[int]], dict[str, str]]:
-    """Print which engine, device and type a run uses, how many rollouts a step makes, and what memory and time to
-    expect; `card`: GB of a card that is not here. Raises ValueError for a model that cannot be had, does not fit or
-    fails a check. Returns the plan, the configuration without "auto", the prompts to check weights with, the results.
-    """
-    device, dtype = place(config, bool(card))
+def prepare(config: Config, card: float = 0.0, fresh=True, whole=False) -> tuple[memory.Plan, Config, list, dict]:
+    """Plan a run and say what will happen: in two lines, or as a `whole` with the parts of the memory. `card`: GB of a
+    card that is not here. Raises ValueError for a model that cannot be had, does not fit or fails a check. Returns the
+    plan, the configuration without "auto", the prompts to check weights with, what was checked already."""
     hf_config = load_config(config.model)
     prompts, checked = [], inspect_config(config, hf_config)
     if not card:  # a config is enough to plan for another machine
@@ -59,47 +55,83 @@ def describe(
         config = settle(config, tokenizer)
         prompts, more = inspect_tokenizer(config, tokenizer, fresh)
         checked |= more
+    plan = choose_plan(config, hf_config, card)
+    print(f"{config.steps} steps of self-play with {config.model}, {pace(config, plan, bool(card))}")
+    if whole:
+        describe(config, plan, card)
+    else:
+        peak = f"{max(plan.train_peak, plan.rollout_peak) / GB:.2f} of {plan.limit / GB:.1f} GB predicted at the peak"
+        chosen = {
+            "the engine sleeps during updates": plan.sleep,
+            "activations are recomputed": plan.gradient_checkpointing,
+        }
+        chosen |= {"optimizer in host memory": plan.offload_optimizer}
+        print(", ".join([f"{plan.engine} on {plan.device}", peak, *(text for text in chosen if chosen[text])]))
+    return plan, config, prompts, checked
+
+
+def counts(config: Config) -> tuple[int, int, int]:
+    """Most (proposals, attempts that measure, other attempts) of a step."""
+    proposals = len(config.kinds) * config.batch
+    return proposals, proposals * config.rollouts, len(config.kinds) * config.solve_count
+
+
+def choose_plan(config: Config, hf_config, card: float) -> memory.Plan:
+    """The engine, and the memory that it and the update share; raises ValueError where nothing fits."""
+    device, dtype = place(config, bool(card))
     engine = "vllm" if card and config.engine == "auto" else choose_engine(config.engine)
-    host, given, cells = free_host_bytes(), config.memory * GB, len(config.kinds) * config.batch
-    solving = len(config.kinds) * config.solve_count
-    attempts = cells * config.rollouts + solving
+    given = config.memory * GB
     wishes = {
         "card_bytes": (int(card * GB) or given or torch.cuda.mem_get_info()[1]) if device == "cuda" else None,
-        "host_bytes": None if card else given if given and device == "cpu" else host,
+        "host_bytes": None if card else given if given and device == "cpu" else free_host_bytes(),
         "max_len": config.max_prompt + config.max_response,
         "max_prompt": config.max_prompt,
-        "sequences": attempts,
+        "sequences": sum(counts(config)[1:]),
         "width": 4 if dtype == "float32" else 2,
         "token_budget": config.token_budget or None,
         "checkpointing": config.gradient_checkpointing,
-        "trained": count_adapters(hf_config, config.lora) if config.lora else None,
+        "lora": config.lora,
     }
     try:
-        plan = memory.plan(hf_config, engine=engine, **wishes)
+        return memory.plan(hf_config, engine=engine, **wishes)
     except ValueError:  # vLLM holds a second copy of the weights
         if config.engine != "auto" or engine != "vllm":
             raise
-        engine = "transformers"
-        plan = memory.plan(hf_config, engine=engine, **wishes)
+        found = memory.plan(hf_config, engine="transformers", **wishes)
         print("with vLLM it does not fit: the policy generates by itself, which is slower (--engine transformers)")
+        return found
+
+
+def pace(config: Config, plan: memory.Plan, elsewhere: bool) -> str:
+    """How many rollouts a step makes and, for a device whose data sheet is known, about how long it takes."""
+    proposals, measuring, solving = counts(config)
+    rollouts = proposals + measuring + solving
+    name = "" if elsewhere else torch.cuda.get_device_name() if plan.device == "cuda" else "cpu"
+    if not (known := next((key for key in DEVICES if key in name), None)):
+        return f"up to {rollouts} rollouts each"
+    likely = config.max_response // 4  # what models write on average is known only later; a quarter is a guess
+    trained = proposals + solving + measuring * config.reuse_measurement_rollouts
+    phases = estimate_seconds(plan, known, rollouts, trained, config.max_prompt // 4, likely)
+    seconds = sum(phases.values())
+    total = f"{seconds * config.steps / 60:.2g} minutes in all"
+    return f"up to {rollouts} rollouts each; roughly {seconds:.2g} s a step, {total}, at {likely} tokens a response"
+
+
+def describe(config: Config, plan: memory.Plan, card: float) -> None:
+    """Print the plan in full."""
+    dtype = place(config, bool(card))[1]
+    proposals, measuring, solving = counts(config)
     print(
-        f"model {config.model} | engine {engine} | device {device} | {dtype}\n"
-        f"a step: {cells} proposals + up to {cells * config.rollouts} measuring attempts + {solving} solving attempts"
-        f" = {cells + attempts} rollouts of at most {config.max_response} tokens\n{plan.describe()}"
+        f"engine {plan.engine} | device {plan.device} | {dtype}\n"
+        f"a step: {proposals} proposals + up to {measuring} measuring attempts + {solving} solving attempts, of at "
+        f"most {config.max_response} tokens\n{plan.describe()}"
     )
     if card:
         needed = f"{plan.host_bytes / GB:.0f} GB beside a card of {card:g} GB"
-        print(f"host memory needed: {needed}; {host / GB:.0f} GB are free on this machine")
-    kept = 12 if dtype == "bfloat16" else 8  # bytes of masters and two moments, beside the weights
-    disk = (plan.parameters * wishes["width"] + (wishes["trained"] or plan.parameters) * kept) / GB
+        print(f"host memory needed: {needed}; {free_host_bytes() / GB:.0f} GB are free on this machine")
+    width, kept = (2, 12) if dtype == "bfloat16" else (4, 8)  # bytes of a weight; of masters and two moments beside it
+    disk = (plan.parameters * width + plan.trained * kept) / GB
     print(f"a checkpoint, every {config.save_every} steps: {disk:.3g} GB on disk, twice that while the next is written")
-    name = "" if card else torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    if known := next((key for key in DEVICES if key in name), None):
-        likely = config.max_response // 4  # what models write on average is known only later; a quarter is a guess
-        trained = cells + solving + cells * config.rollouts * config.reuse_measurement_rollouts
-        seconds = estimate_seconds(hf_config, plan, known, cells + attempts, trained, config.max_prompt // 4, likely)
-        print(f"rough estimate at {likely} tokens a response: {sum(seconds.values()):.0f} s a step on {known}")
-    return plan, config, prompts, checked
 
 
 def place(config: Config, elsewhere: bool = False) -> tuple[str, str]:
@@ -150,7 +182,7 @@ def start(config: Config, resume: str | None) -> dict:
     if sys.platform == "win32":
         raise ValueError("azr needs Linux or macOS: the executor has no way to contain programs on Windows; use WSL")
     executor = Executor()  # first: its servers must start before this process touches the GPU
-    plan, used, prompts, checked = describe(config, fresh=not resume)
+    plan, used, prompts, checked = prepare(config, fresh=not resume)
     folder, saved = find_folder(config, resume)
     # With adapters a resumed run starts from the base weights: the checkpoint holds the merged ones.
     weights = config.model if config.lora or not saved else str(saved)
@@ -229,7 +261,7 @@ def load(config: Config, plan: memory.Plan, model: str) -> tuple:
 
 def dry_run(config: Config, card: float = 0.0, weights: bool = False) -> None:
     """Print the plan of a run; with `weights` also check the model (harness/check.py) and print what was checked."""
-    plan, _, prompts, checked = describe(config, card)
+    plan, _, prompts, checked = prepare(config, card, whole=True)
     if weights:
         policy, tokenizer, optimizer, engine = load(config, plan, config.model)
         checked |= rehearse(policy, tokenizer, engine, optimizer.clear, prompts)

@@ -167,9 +167,8 @@ def split_response(response: str, prefilled: bool = True, tags: Tags = TAGS) -> 
     think, answer = tags
     text = visible((f"<{think}>" if prefilled else "") + response)
     marks = re.sub(QUOTED, lambda quoted: re.sub("[<>]", " ", quoted[0]), text)  # as long as the text
-    closed = marks.find(f"</{answer}>")
-    invented = marks.find(f"<{think}>", closed) if closed >= 0 else -1
-    marks = marks[:invented] if invented >= 0 else marks
+    first, closing, more = marks.partition(f"</{answer}>")
+    marks = first + closing + more.partition(f"<{think}>")[0]
     body = rf"<{answer}>((?:(?!<{think}>|<{answer}>).)*?)"
     if whole := re.match(rf"\s*<{think}>(.*?)</{think}>\s*{body}</{answer}>", marks, re.DOTALL):
         thought = text[slice(*whole.span(1))].partition(f"</{think}>")[0]
@@ -192,31 +191,25 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
     after the fence, in lower case, "python" for its other names, `input` for `input 1` and `input1`.
 
     A block ends at a fence as long as its own, at the end of a line too, at a fence with a label, or with the text."""
-    blocks: list[tuple[str, str]] = []
-    fence, label, indent, lines = "", "", 0, []
-
-    def close(*last: str) -> str:
-        blocks.append((label, "\n".join([*lines, *last])))
-        return ""
-
+    blocks: list[tuple[str, list[str]]] = []  # label and lines
+    fence, indent = "", 0  # of the open block; no fence: none is open
     for line in visible(text).split("\n"):
         mark, line = line.strip(), line[:indent].lstrip() + line[indent:] if fence else line
         ends = fence and mark.endswith(fence)
         if ends and not mark.strip(fence[0]):
-            fence = close()
+            fence = ""
         elif (opening := FENCE.fullmatch(line)) and (not fence or mark.startswith(fence)):
-            fence = fence and close()
             space, fence, info = (group for group in opening.groups() if group is not None)
-            label, indent, lines = clean_label(info), len(space), []
+            indent = len(space)
+            blocks.append((clean_label(info), []))
         elif ends:
-            fence = close(line.rstrip().rstrip(fence[0]).rstrip())
+            blocks[-1][1].append(line.rstrip().rstrip(fence[0]).rstrip())
+            fence = ""
         elif fence:
-            lines.append(line)
+            blocks[-1][1].append(line)
         else:
-            blocks += [(clean_label(word or ""), content) for _, word, content in ONE_LINE.findall(line)]
-    if fence:
-        close()
-    return blocks
+            blocks += [(clean_label(word or ""), [content]) for _, word, content in ONE_LINE.findall(line)]
+    return [(label, "\n".join(lines)) for label, lines in blocks]
 
 
 def clean_label(info: str) -> str:

@@ -140,14 +140,15 @@ def choose_engine(kind: str) -> str:
     where vLLM is installed but unusable. Raises ValueError for an unknown name."""
     if kind not in ("auto", "vllm", "transformers"):
         raise ValueError(f"There is no engine {kind}: choose auto, vllm or transformers.")
-    if kind != "auto" or vllm_build() is None:
-        return "transformers" if kind == "auto" else kind
+    if kind != "auto":
+        return kind
     try:
         import_vllm()
+        return "vllm"
     except RuntimeError as error:
-        print(f"using the transformers engine: {error}")
+        if vllm_build() is not None:
+            print(f"using the transformers engine: {error}")
         return "transformers"
-    return "vllm"
 
 
 def make_engine(

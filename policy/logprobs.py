@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CHUNK = 512  # tokens whose logits exist at the same time
+
 
 class _TokenLogprobs(torch.autograd.Function):
     """See `token_logprobs`. Saves hidden (T, H), weight (V, H) and targets (T,); logits (chunk, V) are made twice."""
@@ -76,7 +78,7 @@ def token_logprobs(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
-    chunk=512,
+    chunk=CHUNK,
     entropy_grad=False,
     size=None,
 ) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,8 @@ What it leaves out: quantised bases, several adapters, adapters on embeddings an
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 SCALE = 2  # of what an adapter adds to its layer, whatever its rank
 
@@ -30,10 +29,7 @@ def add_adapters(policy: PreTrainedModel, rank: int) -> None:
         raise ValueError(f"--lora {rank} is more than the {policy.config.hidden_size} dimensions of a layer; lower it")
     policy.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear")
-    inject_adapter_in_model(config, policy)
-    for name, parameter in policy.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(policy.dtype)  # the optimizer keeps fp32 masters
+    inject_adapter_in_model(config, policy)  # in the policy's dtype: the optimizer keeps fp32 masters
 
 
 def merged_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -55,10 +51,8 @@ def plain_shapes(policy: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name.replace(".base_layer", ""): tuple(weight.shape) for name, weight in weights if ".lora_" not in name}
 
 
-def count_adapters(config, rank: int) -> int:
-    """Parameters that adapters of this rank have: rank x (inputs + outputs) of every linear layer but the head."""
-    with torch.device("meta"):  # a model that takes no memory
-        policy = AutoModelForCausalLM.from_config(config)
+def count_adapters(policy: PreTrainedModel, rank: int) -> int:
+    """Parameters that adapters of this rank would add: rank x (inputs + outputs) of every linear layer but the head."""
     head = policy.get_output_embeddings()
     layers = [layer for layer in policy.modules() if hasattr(layer, "in_features") and layer is not head]
     return sum(rank * (layer.in_features + layer.out_features) for layer in layers)

@@ -10,6 +10,7 @@ wrong, `trr.update` halves its micro-batch. What it leaves out: several cards, q
 from dataclasses import dataclass
 from functools import partial
 
+from policy.logprobs import CHUNK
 from policy.speed import shape
 
 GB, GiB = 10**9, 2**30
@@ -17,7 +18,6 @@ FILL = 0.95  # share of the memory a plan may use; the rest is for fragmentation
 STATES = {2: 12, 4: 8}  # bytes of optimizer per parameter: fp32 master, two moments; fp32 weights are their own masters
 # Bytes of CUDA (or Python) and of vLLM itself; factor of short-lived tensors: the heap of a CPU is full of holes.
 HOLD = {"cuda": (1.2 * GiB, 1.0 * GiB, 1.0), "cpu": (0.4 * GB, 0.35 * GB, 1.4)}
-CHUNK = 512  # tokens whose logits exist at the same time in logprobs.token_logprobs
 ENOUGH_TOKENS = {"cuda": 16384, "cpu": 4096}  # of a micro-batch: larger ones are no faster; 1/8 is tried as well
 BATCH_TOKENS = 65536  # of one batch of the transformers engine: longer batches mix short and long rows and gain nothing
 PREFILL_TOKENS = 8192  # of prompts that an engine reads at a time: enough to saturate, and it bounds the activations
@@ -33,6 +33,7 @@ class Plan:
     engine: str
     device: str  # "cuda" or "cpu"
     parameters: int
+    trained: int  # of them, or of the adapters
     sleep: bool
     gradient_checkpointing: bool
     offload_optimizer: bool
@@ -55,10 +56,10 @@ class Plan:
 
 
 def table(config, sizes, engine, device, width, rows, read, sleep, again, offload, tokens, cache) -> dict:
-    """Bytes of each part in the (training, rollout) phase, and their sums. `sizes`: `shape(config)`, then the trained
-    parameters; `width`: bytes of a weight; `rows`: sampled at a time; `read`: prompt tokens read at a time;
-    `again`: with gradient checkpointing; `tokens`: of a micro-batch; `cache`: bytes. Autograd keeps of each layer two
-    norms with fp32 copies, inputs and output (twice) of the attention, four inner vectors of the MLP."""
+    """Bytes of each part in the (training, rollout) phase, and their sums. `sizes`: `shape(config)`;
+    `width`: bytes of a weight; `rows`: sampled at a time; `read`: prompt tokens read at a time; `again`: with gradient
+    checkpointing; `tokens`: of a micro-batch; `cache`: bytes. Autograd keeps of each layer two norms with fp32 copies,
+    inputs and output (twice) of the attention, four inner vectors of the MLP."""
     (parameters, q, kv, trained), (context, own, heap), vllm = sizes, HOLD[device], engine == "vllm"
     hidden, vocab = config.hidden_size, config.vocab_size
     weights, states = width * parameters, STATES[width] * trained
@@ -88,19 +89,18 @@ def table(config, sizes, engine, device, width, rows, read, sleep, again, offloa
 
 def plan(
     config, *, card_bytes, max_len, sequences, host_bytes=None, max_prompt=None, engine="vllm", width=2,
-    token_budget=None, checkpointing=False, trained=None,
+    token_budget=None, checkpointing=False, lora=0,
 ) -> Plan:  # fmt: skip
     """The fastest arrangement that fits. Raises ValueError that says in one sentence what to lower when nothing does.
 
     `card_bytes`: memory of the card, None for a CPU; `host_bytes`: free host memory, None if it need not suffice here;
     `max_len`: longest prompt + response in tokens; `sequences`: most of one generate call; `width`: bytes of a weight;
-    `trained`: parameters of adapters (None: all are trained)."""
-    cpu, vllm, sizes = card_bytes is None, engine == "vllm", shape(config)
-    sizes += (trained or sizes[0],)
+    `lora`: rank of adapters (0: all parameters are trained)."""
+    cpu, vllm, sizes = card_bytes is None, engine == "vllm", shape(config, lora)
     device, memory = ("cpu", host_bytes) if cpu else ("cuda", card_bytes)
     limit, states = int(FILL * memory), STATES[width] * sizes[3]
     kv_token = 2 * width * config.num_hidden_layers * sizes[2]
-    can_offload = not (cpu or trained) and (host_bytes is None or states <= FILL * host_bytes)
+    can_offload = not (cpu or lora) and (host_bytes is None or states <= FILL * host_bytes)
 
     def fit(length: int, budget: int | None) -> Plan | None:
         def live(cache: int) -> int:  # vLLM's sequences may reach an eighth of the longest, then it puts some off
@@ -124,7 +124,7 @@ def plan(
             if train >= 0 and cache >= (least if option == options[-1] else wanted):
                 parts = fill(cache * kv_token)
                 held = (cache, cache * kv_token, live(cache), parts, *parts["predicted peak"])
-                return Plan(engine, device, sizes[0], *option, *held, limit, states * option[2])
+                return Plan(engine, device, sizes[0], sizes[3], *option, *held, limit, states * option[2])
         return None
 
     size = f"{sizes[0] / 1e9:.3g} B parameters do not fit in {memory / GB:.0f} GB"

@@ -13,7 +13,6 @@ Usage:
 import math
 
 import torch
-from torch import Tensor
 from torch.optim.adamw import adamw
 
 
@@ -36,7 +35,7 @@ class MasterAdamW:
 
     At lr 1e-6 an update is far below one bf16 step of a weight (2^-8 of its value), so a bf16 optimizer loses it: the
     sum of many updates is kept in fp32 masters and rounded into the policy after each step. fp32 parameters are their
-    own masters. bf16 gradients are added into fp32 as soon as backward has made them (a hook), so sums over
+    own masters. bf16 gradients are added into fp32 as soon as backward has made them (`grad_dtype`), so sums over
     micro-batches are exact and the bf16 gradients of the whole model never exist together.
 
     On the card that takes 16 bytes per parameter (master, two moments, gradient sum) beside a bf16 policy.
@@ -52,26 +51,15 @@ class MasterAdamW:
         self.offload, self.steps = offload, 0
         self.options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": weight_decay}
         self.options |= {"fused": True, "amsgrad": False, "maximize": False}
-        self.sums: dict[torch.nn.Parameter, Tensor] = {}  # fp32 gradients of bf16 parameters, only during an update
-
         place = {"dtype": torch.float32, "device": "cpu" if offload else next(policy.parameters()).device}
         self.master = {name: p.data.to(**place) for name, p in self.params.items()}  # the parameter itself if it can be
         self.exp_avg = {name: torch.zeros(p.shape, **place) for name, p in self.params.items()}
         self.exp_avg_sq = {name: torch.zeros(p.shape, **place) for name, p in self.params.items()}
-        for p in self.params.values():
-            if p.dtype != torch.float32 and not offload:
-                p.register_post_accumulate_grad_hook(self._add)
-
-    def _add(self, p: torch.nn.Parameter) -> None:
-        if p in self.sums:
-            self.sums[p].add_(p.grad)
-        else:
-            self.sums[p] = p.grad.float()
-        p.grad = None
+        for p in () if offload else self.params.values():
+            p.grad_dtype = torch.float32
 
     def clear(self) -> None:
         """Forget the gradients summed so far."""
-        self.sums.clear()
         for p in self.params.values():
             p.grad = None
 
@@ -81,7 +69,7 @@ class MasterAdamW:
 
         If the norm is not finite nothing is changed except that the gradients are cleared.
         """
-        grads = {n: g for n, p in self.params.items() if (g := self.sums.get(p, p.grad)) is not None}
+        grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
         norm = float(torch.stack(torch._foreach_norm(list(grads.values()), dtype=torch.float32)).norm())
         if math.isfinite(norm):
             scale = min(1.0, grad_clip / (norm + 1e-6))

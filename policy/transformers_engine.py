@@ -47,10 +47,9 @@ class TransformersEngine(Engine):
         neither on the other rows nor on when they leave.
         """
         device, limits = self.policy.device, [request.limit for request, _ in rows]
-        uniforms = torch.zeros(len(rows), max(limits), dtype=torch.float64)
-        for row, length, (request, j) in zip(uniforms, limits, rows, strict=True):
-            row[:length].uniform_(generator=torch.Generator().manual_seed(request.seed + j))
-        uniforms = uniforms.to(device)
+        sources = [torch.Generator().manual_seed(request.seed + j) for request, j in rows]
+        uniforms = [torch.rand(max(limits), generator=source, dtype=torch.float64) for source in sources]
+        uniforms = torch.stack(uniforms).to(device)
         temperature = torch.tensor([request.temperature for request, _ in rows], device=device)
         limit, eos = torch.tensor(limits, device=device), torch.tensor(self.eos, device=device)
         out = torch.zeros(uniforms.shape, dtype=torch.long, device=device)  # (B, T) sampled ids
@@ -133,22 +132,21 @@ class GrowingLayer(DynamicLayer):
     of them for every token, which is half of the decoding time on a CPU."""
 
     block = 48  # tokens
-    room: tuple[Tensor, Tensor] | None = None  # longer tensors, of which keys and values are the first T places
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        old = self.keys.shape[-2] if self.keys.numel() else 0
-        new, added = old + key_states.shape[-2], (key_states, value_states)
-        room = self.room
-        if room is None or room[0].data_ptr() != self.keys.data_ptr() or room[0].shape[-2] < new:  # rows left, or full
-            room = tuple(one.new_empty(*one.shape[:2], new + self.block, one.shape[-1]) for one in added)
-            for held, kept in zip(room if old else (), (self.keys, self.values), strict=bool(old)):
-                held[:, :, :old] = kept
-        for held, one in zip(room, added, strict=True):
-            held[:, :, old:new] = one
-        self.room, (self.keys, self.values) = room, (held[:, :, :new] for held in room)
+            return super().update(key_states, value_states)
+        self.keys, self.values = self.grown(self.keys, key_states), self.grown(self.values, value_states)
         return self.keys, self.values
+
+    def grown(self, held: Tensor, added: Tensor) -> Tensor:
+        """`held` and behind it `added`: the first places of a longer tensor, of which `held` may be a view already."""
+        old, new, room = held.shape[-2], held.shape[-2] + added.shape[-2], held._base
+        if room is None or room.shape[-2] < new:  # rows have left, or it is full
+            room = held.new_empty(*held.shape[:2], new + self.block, held.shape[-1])
+            room[:, :, :old] = held
+        room[:, :, old:new] = added
+        return room[:, :, :new]
 
 
 def _states(layer) -> list[tuple[dict, object]]:

@@ -37,7 +37,7 @@ def build(tied: bool = False, dtype=torch.float32):
 def test_adapters_add_nothing_at_first_and_only_they_move(tied, dtype):
     policy = build(tied, dtype)
     before = copy.deepcopy(policy.state_dict())
-    expected = count_adapters(policy.config, 4)
+    expected = count_adapters(policy, 4)
     add_adapters(policy, 4)
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert sum(p.numel() for p in policy.parameters() if p.requires_grad) == expected

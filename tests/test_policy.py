@@ -23,7 +23,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from harness.check import compare
-from policy import load, memory, speed, transformers_engine, vllm_engine
+from policy import load, memory, transformers_engine, vllm_engine
 from policy.engine import Completion, SyncError
 from policy.load import load_policy, make_engine, resolve_model
 from policy.memory import PREFILL_TOKENS, plan, table
@@ -502,7 +502,8 @@ def test_the_shape_of_a_model_is_exact(config):
     model = AutoModelForCausalLM.from_config(config)
     attention = model.model.layers[0].self_attn
     expected = attention.q_proj.out_features, attention.k_proj.out_features
-    assert shape(config) == (sum(p.numel() for p in model.parameters()), *expected)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert shape(config) == (parameters, *expected, parameters)
 
 
 def kept_by_autograd(config, dtype, checkpointing) -> float:
@@ -530,7 +531,7 @@ TOKENS = 192
 def by_hand(config, **more):
     """The table of a card with vLLM, in micro-batches of 4,096 tokens with checkpointing."""
     settings = dict(engine="vllm", device="cuda", width=2, rows=64, read=8192, sleep=True, again=True, offload=False)
-    return table(config, (*shape(config), shape(config)[0]), **(settings | {"tokens": 4096, "cache": 0} | more))
+    return table(config, shape(config), **(settings | {"tokens": 4096, "cache": 0} | more))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -675,8 +676,8 @@ def test_decoding_limit_of_an_h200():
 
     def limit(live: int, context: int) -> float:
         step = replace(chosen(141), max_num_seqs=live)
-        seconds = estimate_seconds(CODER_3B, step, "H200", sequences=live, trained=0, prompt=context - 1, response=2)
-        return 2 * live / seconds["generate"] / speed.SERVED * 0.9
+        seconds = estimate_seconds(step, "H200", sequences=live, trained=0, prompt=context - 1, response=2)
+        return 2 * live / seconds["generate"] / memory.SERVED * 0.9
 
     for context, live, expected in [(700, 64, 35e3), (700, 256, 86e3), (1000, 128, 51e3), (1500, 512, 64e3)]:
         assert limit(live, context) == pytest.approx(expected, rel=0.05)
@@ -685,11 +686,11 @@ def test_decoding_limit_of_an_h200():
 
 def test_estimated_seconds():
     batch = {"sequences": 1920, "trained": 384, "prompt": 800, "response": 700}
-    h200 = estimate_seconds(CODER_3B, chosen(141), "H200", **batch)
+    h200 = estimate_seconds(chosen(141), "H200", **batch)
     assert 384 * 1500 / h200["update"] == pytest.approx(21.8e3, rel=0.1)  # 42 % of peak without checkpointing
-    slower = estimate_seconds(CODER_3B, chosen(80), "A100", **batch)
+    slower = estimate_seconds(chosen(80), "A100", **batch)
     assert slower["generate"] > h200["generate"] and slower["update"] > h200["update"]
-    in_host_memory = estimate_seconds(CODER_3B, chosen(24), "4090", **batch | {"trained": 0})
+    in_host_memory = estimate_seconds(chosen(24), "4090", **batch | {"trained": 0})
     assert in_host_memory["update"] > 1  # 28 bytes per parameter through host memory
 
 
