@@ -62,18 +62,18 @@ def table(config, sizes, engine, device, width, rows, read, sleep, again, offloa
     inputs and output (twice) of the attention, four inner vectors of the MLP."""
     (parameters, q, kv, trained), (context, own, heap), vllm = sizes, HOLD[device], engine == "vllm"
     hidden, vocab = config.hidden_size, config.vocab_size
-    weights, states = width * parameters, STATES[width] * trained
+    weights, states, gradient = width * parameters, STATES[width] * trained, width if offload else 4
     norm, mlp = (4 + 2 * width) * hidden, 4 * width * (getattr(config, "intermediate_size", None) or 4 * hidden)
     layer = 2 * norm + width * (3 * q + 2 * kv) + mlp
     saved = norm + config.num_hidden_layers * (width * hidden if again else layer)
     own_head = vocab * hidden * (trained == parameters)  # adapters leave the head as it is: it has no gradient
     head = min(CHUNK, tokens) * vocab * (8 + width) + (4 if width == 4 else 6) * own_head
-    backward = tokens * (mlp + layer * again) + width * own_head  # of one layer
+    backward = tokens * (mlp + layer * again) + gradient * own_head  # of one layer
     copy = vllm * weights * (2 if device == "cpu" else 1)  # on a CPU vLLM packs its weights and keeps both
     prefill = read * (mlp + 2 * width * hidden) + rows * vocab * (6 if vllm else 20)
     parts = {
         "policy weights": (weights, weights),
-        "gradients": ((width if offload else 4) * trained, 0),
+        "gradients": (gradient * trained, 0),
         "optimizer (master and moments)": (0, 0) if offload else (states, states),
         "activations": (tokens * saved * heap, 0),
         "logits chunk and backward": (max(head, backward) * heap, 0),

@@ -41,11 +41,8 @@ class TransformersEngine(Engine):
 
     @torch.no_grad()
     def _decode(self, rows: list[tuple[Request, int]], top_p, stop, progress) -> list[Completion]:
-        """Decode one batch. Finished rows leave it (cache compaction), samples of one prompt share its prefill.
-
-        Each row draws its uniforms from its own generator before the loop, so what row r draws at position t depends
-        neither on the other rows nor on when they leave.
-        """
+        """Decode one batch. Each row draws its uniforms from its own generator before the loop, so what row r draws at
+        position t depends neither on the other rows nor on when they leave (cache compaction)."""
         device, limits = self.policy.device, [request.limit for request, _ in rows]
         sources = [torch.Generator().manual_seed(request.seed + j) for request, j in rows]
         uniforms = [torch.rand(max(limits), generator=source, dtype=torch.float64) for source in sources]
