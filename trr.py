@@ -2,7 +2,7 @@
 
 Paper: "Absolute Zero: Reinforced Self-play Reasoning with Zero Data" (arXiv 2505.03335), section 3.1 (rewards, eq. 4-6)
 and section 3.3.5 (Task-Relative REINFORCE++, eq. 8; objective, eq. 9). Everything here is a function of its arguments:
-no files, no globals, no knowledge of Python tasks. Of the project it needs only `logprobs.py`.
+no files, no globals, no knowledge of Python tasks. Of the project it needs only policy/logprobs.py and packing.py.
 
 What it does, in the order of the file:
     proposer_reward, solver_reward    text -> number is decided elsewhere; here only the reward table

@@ -69,7 +69,7 @@ def test_buffer_sampling_is_uniform_without_replacement():
     assert len(buffer.sample(99, rng)) == 10
 
 
-def test_references_at_the_frontier_come_by_r_times_one_minus_r_over_all_pools():
+def test_references_at_the_frontier_come_by_r_times_one_minus_r_over_all_pools(tmp_path):
     rng, counts = random.Random(5), dict.fromkeys((0.5, 0.125, None, 0.0, 1.0), 0)
     pools = [Buffer(draw="frontier") for _ in range(2)]
     for number, rate in enumerate(counts):
@@ -84,6 +84,10 @@ def test_references_at_the_frontier_come_by_r_times_one_minus_r_over_all_pools()
         assert abs(counts[rate] / 4000 - weight / sum(weights.values())) < 0.03
     assert len({task.program for task in draw_references(pools, 4, rng)}) == 4
     assert len(draw_references(pools, 99, rng)) == 5 and draw_references(pools, 0, rng) == []
+    save_tasks(tmp_path / "entered.jsonl", pools[0])
+    again = Buffer(draw="frontier")
+    refill(again, tmp_path / "entered.jsonl", KINDS["deduction"])  # the rates come back after a stop
+    assert draw_references([again], 2, random.Random(7)) == draw_references(pools[:1], 2, random.Random(7))
 
 
 def test_references_are_drawn_uniformly_over_all_pools_unless_told_otherwise():

@@ -34,7 +34,7 @@ def executor():
         yield found
 
 
-@pytest.mark.parametrize("name", ["habit"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_held_out_tasks_match_neither_corpus_nor_each_other(name):
     recipe, tasks = RECIPES[name], TASKS[name]
     tokenizer = make.PreTrainedTokenizerFast.from_pretrained(recipe.folder / "model")
@@ -78,7 +78,7 @@ def test_the_check_notices_a_held_out_prompt_in_the_corpus():
         make.check(tokenizer, [task], set(), samples=500)
 
 
-@pytest.mark.parametrize("recipe", [RECIPES["habit"]])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_model_folder_is_small(recipe):
     assert sum(path.stat().st_size for path in (recipe.folder / "model").iterdir()) <= 8_000_000
 
