@@ -439,6 +439,10 @@ def test_deduction_compares_values():
             ("set()", "{}", False),
             ("[nan, 1]", "[float('nan'), 1.0]", True),
             ("nan", "0", False),
+            ("{nan: 1, 2: -nan}", "{2.0: float('NaN'), nan: True}", True),
+            ("{nan}", "frozenset({-nan})", True),
+            ("{1}", "{nan+1j}", False),  # no two of these are equal, and none ends the trainer
+            ("{nan+1j}", "{nan+1j}", False),
             ("-0.0", "0", True),
             ("100000000000000000000", "1e20", True),
             ("'a'", "b'a'", False),
