@@ -34,7 +34,6 @@ from sandbox.layers import Layers, cpu_clock
 from sandbox.literals import Refused, serialise
 
 FRAME = struct.Struct("<I")  # length of the message that follows
-HEAD = struct.Struct("<f")  # of a reply: CPU seconds; then the child's lines, and in the last why one is missing
 
 
 def receive(read: Callable[[int], bytes]) -> bytes:
@@ -237,7 +236,6 @@ class Server:
         os.environ.clear()
         self.channel, self.config, self.trainer = channel, config, os.getppid()
         self.allowed = frozenset(config["modules"]) if config["gate"] else None
-        self.layers = Layers(config["isolation"])
         os.register_at_fork, real = (lambda **hooks: None), os.register_at_fork  # `random` would re-seed in every child
         for name in [*config["modules"], "_strptime"]:
             with suppress(ImportError):  # a part of the standard library that this Python was built without
@@ -250,7 +248,7 @@ class Server:
         sys.unraisablehook = lambda *_: None
         sys.stdout.reconfigure(errors="backslashreplace")
         sys.modules["__main__"] = types.ModuleType("__main__")  # programs are __main__; dataclasses look it up
-        self.layers.confine(config["file_bytes"])
+        self.layers = Layers(config["isolation"], config["file_bytes"])
         os.dup2(1, 2)  # errors of the start were worth seeing; from here on /dev/null
         self.fresh = namespace_maker(config["modules"], config["full_builtins"])
         self.send(json.dumps(self.layers.active).encode())
@@ -288,13 +286,14 @@ class Server:
             view = view[os.write(self.channel, view) :]
 
     def run(self, program: str, calls: list[bytes], repeats: int, cpu_s: float, memory: int) -> bytes:
-        """Gate, fork, watch, kill: the reply to one job."""
+        """Gate, fork, watch, kill: the reply to one job. Its lines are CPU seconds, what the child wrote, and the cause
+        why the next one is missing."""
         lines, entry, most = len(calls) * repeats, self.config["entry"], self.config["max_output_chars"]
         try:
             signal.setitimer(signal.ITIMER_PROF, self.config["compile_cpu_s"])  # ends this process: nested finally
             code = gate(program, self.allowed)  # can take minutes to compile
         except Refused as refusal:
-            return HEAD.pack(0.0) + f"{refusal.verdict}\t{refusal.error}\n".encode() * lines
+            return b"0\n" + f"{refusal.verdict}\t{refusal.error}\n".encode() * lines
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
         reader, writer = os.pipe()
@@ -324,7 +323,7 @@ class Server:
         elif killer == signal.SIGXCPU:
             cause = b"timeout"
         end = out.rfind(b"\n") + 1  # what follows is unfinished
-        return HEAD.pack(usage.ru_utime + usage.ru_stime) + out[:end] + cause
+        return b"%f\n" % (usage.ru_utime + usage.ru_stime) + out[:end] + cause
 
     def watch(self, pid: int, reader: int, lines: int, cpu_s: float) -> tuple[bytes, bytes]:
         """Collect what the child writes until it is done, too slow or too talkative. EOFError: the trainer is gone.
@@ -353,10 +352,10 @@ class Server:
                 if not data or seen >= lines:
                     return b"runtime_error\tdied", out
                 if b"\n" in data:
-                    since, spent = now, cpu or spent
-            if cpu is not None and cpu - clock > 0.001:
+                    since, spent = now, max(cpu, spent)
+            if cpu - clock > 0.001:
                 clock, moved = cpu, now
-            if (cpu is not None and cpu - spent > cpu_s) or now - moved > still_s or now - since > wall_s:
+            if cpu - spent > cpu_s or now - moved > still_s or now - since > wall_s:
                 return b"timeout", out
         return b"output_too_large", out
 

@@ -16,11 +16,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
 
-from sandbox.child import FRAME, HEAD, receive
+from sandbox.child import FRAME, receive
 
 # The repository goes to the end of the path: none of its files may shadow a standard module.
 BOOT = "import sys; sys.path.append(sys.argv.pop(1)); import sandbox.child; sandbox.child.main()"
@@ -30,7 +30,7 @@ class Lane:
     """A fork server and the socket to it. `starts`: how often it was started; `deaths`: how often in a row it died."""
 
     def __init__(self, seed: int, config: dict) -> None:
-        self.seed, self.config, self.starts, self.deaths, self.busy = seed, config, 0, 0, False
+        self.seed, self.config, self.starts, self.deaths = seed, config, 0, 0
         self.start()
 
     def start(self) -> None:
@@ -49,7 +49,8 @@ class Lane:
 
     def ready(self) -> dict:
         """Wait until a server is there and confined; returns the layers that hold. EOFError, OSError: it ended."""
-        if self.process is None:
+        if self.process.poll() is not None:
+            self.close()
             self.start()
         if not self.layers:
             self.socket.settimeout(self.config["hang_s"])
@@ -68,12 +69,9 @@ class Lane:
 
     def close(self) -> int:
         """End the server (and, by its parent-death signal, its child); returns its exit status."""
-        process, self.process = self.process, None
-        if process is None:
-            return 0
         self.socket.close()
-        process.kill()
-        return process.wait()
+        self.process.kill()
+        return self.process.wait()
 
 
 class Pool:
@@ -95,59 +93,38 @@ class Pool:
         """
         job, lines, attempts = marshal.dumps((program, calls, repeats, cpu_s, memory)), len(calls) * repeats, 0
         lane = self.free[seed].get()
-        lane.busy = True
         try:
             while not self.stopping and lane.deaths < self.config["deaths"]:
                 reply = lane.ask(job, self.config["hang_s"] + lines * (self.config["wall_s"] + 100 * cpu_s))
                 if isinstance(reply, bytes):
                     lane.deaths = 0
-                    *claims, cause = reply[HEAD.size :].decode("utf-8", "replace").split("\n")
-                    return claims, cause, *HEAD.unpack_from(reply)
+                    spent, *claims, cause = reply.decode("utf-8", "replace").split("\n")
+                    return claims, cause, float(spent)
                 if reply == -signal.SIGPROF:
                     return ["timeout\tcompile"] * lines, "", 0.0
                 lane.deaths += 1
-                attempts += bool(
-                    reply and lane.layers
-                )  # neither one that had grown and retired, nor one that never was
+                attempts += lane.layers != {} and reply != 0  # else it never was, or had grown and retired
                 if attempts == 2:
                     return ["runtime_error\tserver_died"] * lines, "", 0.0
             raise RuntimeError("the executor's servers keep dying: run `python executor.py --doctor`")
         finally:
-            lane.busy = False
             self.free[seed].put(lane)
 
     def each(self, function: Callable, items: Sequence, done: Callable) -> None:
         """done(function(item)) for each item: `function` in as many threads as there are lanes, `done` in the caller's.
-        Any exception, Ctrl-C too, ends the servers that are busy."""
-        left, finished, self.stopping = iter(items), SimpleQueue(), False
-
-        def work() -> None:
-            for item in left:  # one iterator for all threads
-                outcome: object = RuntimeError("a thread of the executor failed as shown above")
-                try:
-                    outcome = function(item)
-                except RuntimeError as error:
-                    outcome = error
-                finally:
-                    finished.put(outcome)
-
-        threads = [Thread(target=work, daemon=True) for _ in self.lanes[: len(items)]]
-        try:
-            for thread in threads:
-                thread.start()
-            for _ in items:
-                outcome = finished.get()
-                if isinstance(outcome, RuntimeError):
-                    raise outcome
-                done(outcome)
-        finally:
-            self.stopping = True
-            for thread in threads:
-                while thread.is_alive():
+        Any exception, Ctrl-C too, ends the servers; they start again at their next use."""
+        self.stopping, futures = False, []
+        with ThreadPoolExecutor(len(self.lanes)) as threads:
+            try:
+                for item in items:
+                    futures.append(threads.submit(function, item))
+                for future in as_completed(futures):
+                    done(future.result())
+            finally:
+                self.stopping = True
+                while wait(futures, 0.01).not_done:
                     for lane in self.lanes:
-                        if lane.busy and (process := lane.process) is not None:
-                            process.kill()
-                    thread.join(0.01)
+                        lane.process.kill()
 
     def close(self) -> None:
         for lane in self.lanes:
