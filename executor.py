@@ -49,6 +49,7 @@ ALLOWED_MODULES = tuple(
 )
 Jobs = Sequence[tuple[str, Sequence[str]]]  # (program, argument texts of each call)
 Pairs = Sequence[tuple[str, Sequence[str], Sequence[str]]]  # (program, hidden inputs, gold outputs)
+Results = list[list["Result"]]  # of each job, of each of its calls
 Seconds = float | Sequence[float] | None
 Progress = Callable[[int], None] | None  # called, in the caller's thread, with the number of jobs newly done
 
@@ -199,11 +200,11 @@ class Executor(AbstractContextManager):
         """Servers that had to be started again so far."""
         return sum(lane.starts - 1 for lane in self.lanes)
 
-    def run(self, jobs: Jobs, progress: Progress = None, cpu_s: Seconds = None) -> list[list[Result]]:
+    def run(self, jobs: Jobs, progress: Progress = None, cpu_s: Seconds = None) -> Results:
         """Call each (program, [argument texts]) once per input. `cpu_s`: CPU seconds per call, for all or per job."""
         return self._execute(jobs, progress, cpu_s or self.limits.cpu_s)
 
-    def validate(self, jobs: Jobs, progress: Progress = None) -> list[list[Result]]:
+    def validate(self, jobs: Jobs, progress: Progress = None) -> Results:
         """As `run`, but OK only if the program runs, is safe and is deterministic (`agree`). After a timeout a job's
         other inputs are not tried: they count as timeouts too."""
         return self._execute(jobs, progress, self.limits.validate_cpu_s, checked=True, patient=False)
@@ -236,9 +237,7 @@ class Executor(AbstractContextManager):
             return Judgement(False, 0.0, Verdict.OK, "BadLiteral")
         return Judgement(correct, float(correct), Verdict.OK)
 
-    def _execute(
-        self, jobs: Jobs, progress: Progress, cpu_s: Seconds, checked=False, patient=True
-    ) -> list[list[Result]]:
+    def _execute(self, jobs: Jobs, progress: Progress, cpu_s: Seconds, checked=False, patient=True) -> Results:
         """A list of results per job; identical (program, input) pairs run once. `checked`: every hash seed, several
         calls in each process. `patient`: go on with a job's other inputs after one of them timed out."""
         if not self.close.alive:
@@ -253,29 +252,24 @@ class Executor(AbstractContextManager):
                 call = calls.setdefault(marshalled(text), Call(marshalled(text)))
                 call.jobs.add(job)
                 rows[job].append(call)
-        parts = [
-            (program, limit, list(calls.values())[i : i + most])
-            for (program, limit), calls in programs.items()
-            for i in range(0, len(calls), most)
-        ]
+        parts = []
+        for (program, limit), calls in programs.items():
+            for i in range(0, len(calls), most):
+                parts.append((program, limit, list(calls.values())[i : i + most]))
 
         def settle(calls: list[Call]) -> None:
             for call in calls:
                 call.result = replace(agree(call.claims), cpu_s=call.cpu_s)
-                for job in call.jobs:
-                    if progress and all(call.result for call in rows[job]):
-                        progress(1)
+                progress(sum(all(other.result for other in rows[job]) for job in call.jobs))
 
-        if progress:
-            progress(rows.count([]))
+        progress = progress or (lambda n: None)
+        progress(rows.count([]))
         self.pool.each(partial(self._examine, checked, patient), parts, settle)
         return [[call.result for call in row] for row in rows]
 
     def _marshalled(self, text: str) -> bytes | None:
-        try:
-            return marshal.dumps(
-                parse_arguments(text, self.limits.max_literal_chars), 2
-            )  # 2: equal values, equal bytes
+        try:  # version 2: equal values give equal bytes
+            return marshal.dumps(parse_arguments(text, self.limits.max_literal_chars), 2)
         except BadLiteral:
             return None
 
@@ -304,9 +298,8 @@ class Executor(AbstractContextManager):
                     call.claims.append(self._read(cause))
                     if call.claims[-1].verdict is Verdict.TIMEOUT and not patient:
                         for late in left:
-                            if late.jobs <= call.jobs:
-                                late.claims.append(NOT_TRIED)
-                        left = [late for late in left if NOT_TRIED not in late.claims]
+                            late.claims += [NOT_TRIED] * (late.jobs <= call.jobs)
+                        left = [other for other in left if NOT_TRIED not in other.claims]
         return calls
 
     def _read(self, line: str) -> Result:

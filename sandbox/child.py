@@ -2,8 +2,9 @@
 
 `lanes.py` starts this file as a small process of its own (a "lane") and sends it jobs. The server never runs model code
 itself and never learns what the right answer would have been. In the order of this file:
-    gate, check   source text -> code object, or a verdict; nothing is executed
-    namespaces    what the program can see: builtins without the dangerous ones, stand-ins instead of modules
+    gate, check   source text -> code object, or a clear verdict; nothing is executed. Nothing relies on this filter
+    namespaces    what the program can see: builtins without the dangerous ones, stand-ins instead of modules. Fresh for
+                  every call, so that state and patches never reach the next one
     claims        run the program in a fresh namespace, call it, one line of text per call
     Server        receive, gate, fork, watch the child's CPU clock, kill, reply
 
@@ -45,9 +46,6 @@ def receive(read: Callable[[int], bytes]) -> bytes:
             raise EOFError("a server of the executor ended or did not start: run `python executor.py --doctor`")
         data += piece
     return bytes(data[FRAME.size :])
-
-
-# The static gate: a first filter and the source of clear verdicts. It can be fooled and nothing relies on it.
 
 
 def words(text: str) -> frozenset[str]:
@@ -135,20 +133,12 @@ def check(tree: ast.AST, modules: frozenset[str]) -> None:
         raise Refused("unsafe", min(bad))
 
 
-# What the program can see. Fresh for every call, so that state and patches never reach the next one.
-
 HIDDEN = words("attrgetter methodcaller Formatter get_type_hints ForwardRef")  # read attributes by text or evaluate it
 FOR_C_CODE = ("time", "_strptime")  # datetime's C code imports these through the program's __import__, unread
 
 
 class Forbidden(ImportError):
     """An import outside the allow-list that got past (or around) the gate."""
-
-
-def public_names(name: str) -> dict:
-    """The names a program may use of an allowed module: no private ones, no modules (`dataclasses.sys` leads out)."""
-    items = vars(sys.modules[name]).items()
-    return {k: v for k, v in items if k[0] != "_" and k not in HIDDEN and type(v) is not types.ModuleType}
 
 
 def make_importer(table: dict, for_c_code: tuple, module_type: type, forbidden: type) -> tuple:
@@ -180,7 +170,10 @@ def namespace_maker(modules: list[str], full_builtins: bool) -> Callable[[], dic
     if full_builtins:
         builtins.exit = builtins.quit = sys.exit  # what the site module would have added
         return lambda: {"__builtins__": builtins, "__name__": "__main__"}
-    table = {name: public_names(name) for name in modules}
+    table = {}
+    for module in sys.modules.keys() & modules:  # public names, and no modules: `dataclasses.sys` leads out
+        items = vars(sys.modules[module]).items()
+        table[module] = {k: v for k, v in items if k[0] != "_" and k not in HIDDEN and type(v) is not types.ModuleType}
     safe = {name: value for name, value in vars(builtins).items() if name not in DENIED_NAMES}
     lonely = types.FunctionType(make_importer.__code__, {"__builtins__": safe})
     safe["__import__"], loaded = lonely(table, FOR_C_CODE, types.ModuleType, Forbidden)

@@ -36,9 +36,9 @@ class Lane:
     def start(self) -> None:
         self.socket, theirs = socket.socketpair()
         self.layers, self.starts = {}, self.starts + 1
-        environment = {"PYTHONHASHSEED": str(self.seed)}  # empty otherwise; -I and -E would ignore the seed
-        if "LD_LIBRARY_PATH" in os.environ:  # some interpreters find their own library by it
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        # Empty otherwise; -I and -E would ignore the seed. Some interpreters find their own library by the path.
+        environment = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
+        environment["PYTHONHASHSEED"] = str(self.seed)
         here, fd, null = Path(__file__).resolve().parent.parent, theirs.fileno(), subprocess.DEVNULL
         python = [sys.executable, "-sSPB", "-Xutf8", "-Wignore", "-c", BOOT]
         command = [*python, str(here), str(fd), json.dumps(self.config)]
@@ -56,16 +56,6 @@ class Lane:
             self.socket.settimeout(self.config["hang_s"])
             self.layers = json.loads(receive(self.socket.recv))
         return self.layers
-
-    def ask(self, job: bytes, patience: float) -> bytes | int:
-        """The server's reply to a job, or its exit status if it died or had to be killed; it is started at next use."""
-        try:
-            self.ready()
-            self.socket.settimeout(patience)
-            self.socket.sendall(FRAME.pack(len(job)) + job)
-            return receive(self.socket.recv)
-        except (EOFError, OSError):
-            return self.close()
 
     def close(self) -> int:
         """End the server (and, by its parent-death signal, its child); returns its exit status."""
@@ -92,18 +82,23 @@ class Pool:
         program may be the reason. RuntimeError: it keeps dying, and that must not pass for a wrong program.
         """
         job, lines, attempts = marshal.dumps((program, calls, repeats, cpu_s, memory)), len(calls) * repeats, 0
+        patience = self.config["hang_s"] + lines * (self.config["wall_s"] + 100 * cpu_s)
         lane = self.free[seed].get()
         try:
             while not self.stopping and lane.deaths < self.config["deaths"]:
-                reply = lane.ask(job, self.config["hang_s"] + lines * (self.config["wall_s"] + 100 * cpu_s))
-                if isinstance(reply, bytes):
+                try:
+                    lane.ready()
+                    lane.socket.settimeout(patience)
+                    lane.socket.sendall(FRAME.pack(len(job)) + job)
+                    spent, *claims, cause = receive(lane.socket.recv).decode("utf-8", "replace").split("\n")
                     lane.deaths = 0
-                    spent, *claims, cause = reply.decode("utf-8", "replace").split("\n")
                     return claims, cause, float(spent)
-                if reply == -signal.SIGPROF:
+                except (EOFError, OSError):
+                    status = lane.close()
+                if status == -signal.SIGPROF:
                     return ["timeout\tcompile"] * lines, "", 0.0
                 lane.deaths += 1
-                attempts += lane.layers != {} and reply != 0  # else it never was, or had grown and retired
+                attempts += lane.layers != {} and status != 0  # else it never was, or had grown and retired
                 if attempts == 2:
                     return ["runtime_error\tserver_died"] * lines, "", 0.0
             raise RuntimeError("the executor's servers keep dying: run `python executor.py --doctor`")

@@ -57,7 +57,7 @@ class Layers:
     """Made in the server, which it confines; `enter_child` is for every child; `active` says what holds."""
 
     def __init__(self, isolation: str, file_bytes: int) -> None:
-        """Namespaces, another uid, no capabilities, no_new_privs, Landlock; then seccomp is tried in a throw-away child."""
+        """Namespaces, another uid, no capabilities, no_new_privs, Landlock; then seccomp, after a trial in a child."""
         self.base, self.filter = 0, b""
         self.active: dict = {"platform": sys.platform, "rlimits": True, "cpu_clock": cpu_clock(os.getpid()) > 0}
         self.active |= dict.fromkeys(("seccomp", "landlock", "namespaces", "empty_root", "uid_dropped"), False)
