@@ -81,12 +81,11 @@ def gate(source: str, modules: frozenset[str] | None) -> types.CodeType:
     where the program binds that name itself (say a parameter called `input`).
     """
     try:
-        tree = ast.parse(source) if modules is not None else None
         code = compile(source, "<program>", "exec", dont_inherit=True)  # also finds `return` outside a function
+        if modules is not None:
+            check(ast.parse(source), modules)
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
         raise Refused("syntax_error", type(error).__name__) from None
-    if tree is not None:
-        check(tree, modules)
     return code
 
 
@@ -115,8 +114,7 @@ def check(tree: ast.AST, modules: frozenset[str]) -> None:
             case ast.ImportFrom(module=name, names=aliases, level=level):
                 imports.add("." * level + (name or ""))
                 words.update(alias.name for alias in aliases)
-                if any(alias.name.startswith("_") for alias in aliases):
-                    raise Refused("unsafe", "import")
+                imports.update(alias.name for alias in aliases if alias.name.startswith("_"))
             case ast.alias(name=name, asname=alias):
                 bound.add(alias or name.partition(".")[0])
             case ast.keyword(arg=name):
@@ -310,11 +308,8 @@ class Server:
                 with suppress(ProcessLookupError, PermissionError):
                     kill(pid, signal.SIGKILL)
             _, status, usage = os.wait4(pid, 0)
-        killer = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0  # facts that it cannot fake in its favour
-        if killer == signal.SIGSYS:
-            cause = b"unsafe\tsystem_call"
-        elif killer == signal.SIGXCPU:
-            cause = b"timeout"
+        facts = {-signal.SIGSYS: b"unsafe\tsystem_call", -signal.SIGXCPU: b"timeout"}  # not to be faked in its favour
+        cause = facts.get(os.waitstatus_to_exitcode(status), cause)
         end = out.rfind(b"\n") + 1  # what follows is unfinished
         return b"%f\n" % (usage.ru_utime + usage.ru_stime) + out[:end] + cause
 

@@ -684,7 +684,7 @@ def test_a_killed_server_is_replaced_and_the_batch_completes():
 
 @LINUX
 def test_a_server_that_hangs_is_replaced():
-    with Executor(2, cpu_s=0.01, wall_s=0.1, hang_s=0.5) as executor:
+    with Executor(2, cpu_s=0.01, wall_s=0.1, hang_s=3.0) as executor:
         os.kill(executor.lanes[0].process.pid, signal.SIGSTOP)
         assert executor.run([(body("x"), ["5"])])[0][0].output == "5"
         assert executor.restarts == 1
