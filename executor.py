@@ -14,8 +14,7 @@ a set of two strings slips through about half the time); later runs always use t
 consistent. On macOS, or where the kernel has no seccomp, only the filter, resource limits and process separation
 remain: use a container or a virtual machine there. Windows is refused.
 
-The way of a program: `sandbox/lanes.py` carries it to the fork servers, `child.py` there is a server and its children,
-`layers.py` the kernel's part, `literals.py` values as text. Paper: arXiv 2505.03335, sections 3.3.3 and 3.3.4. Usage:
+How a program runs: `sandbox/__init__.py`. Paper: arXiv 2505.03335, sections 3.3.3 and 3.3.4. Usage:
     with Executor() as executor:
         [[result]] = executor.validate([("def f(x):\n    return x + 1", ["41"])])      # result.output == "42"
         [judgement] = executor.compare([("42", "42.0")])                              # judgement.correct

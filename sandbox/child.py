@@ -61,7 +61,7 @@ FRAMES = words(
     "f_globals f_locals f_builtins func_globals func_code co_code co_consts co_names mro"
 )
 CLOCKS = words("now utcnow today")
-HONEST = words(  # the dunder names that honest classes define or read; every other one is refused
+HONEST_DUNDERS = words(  # what honest classes define or read; every other one is refused
     "init new del post_init repr str bytes format hash bool eq ne lt le gt ge len length_hint getitem setitem delitem "
     "missing iter next reversed contains call enter exit aenter aexit aiter anext await add sub mul matmul truediv "
     "floordiv mod divmod pow lshift rshift and xor or radd rsub rmul rmatmul rtruediv rfloordiv rmod rdivmod rpow "
@@ -70,7 +70,7 @@ HONEST = words(  # the dunder names that honest classes define or read; every ot
     "init_subclass class_getitem instancecheck subclasscheck prepare copy deepcopy slots name qualname doc module "
     "class cause context notes debug future all version author"
 )
-DUNDERS = frozenset(f"__{name}__" for name in HONEST)
+DUNDERS = frozenset(f"__{name}__" for name in HONEST_DUNDERS)
 
 
 @lru_cache(maxsize=32)  # a program often comes again with other inputs; refusals are not kept
@@ -132,14 +132,13 @@ def check(tree: ast.AST, modules: frozenset[str]) -> None:
 
 
 HIDDEN = words("attrgetter methodcaller Formatter get_type_hints ForwardRef")  # read attributes by text or evaluate it
-FOR_C_CODE = ("time", "_strptime")  # datetime's C code imports these through the program's __import__, unread
 
 
 class Forbidden(ImportError):
     """An import outside the allow-list that got past (or around) the gate."""
 
 
-def make_importer(table: dict, for_c_code: tuple, module_type: type, forbidden: type) -> tuple:
+def make_importer(table: dict, module_type: type, forbidden: type) -> tuple:
     """An __import__ over stand-in modules, and the dict of those in use. Programs can reach the function, so its code
     must not have the globals of this file (see `namespace_maker`)."""
     loaded = {}
@@ -154,8 +153,8 @@ def make_importer(table: dict, for_c_code: tuple, module_type: type, forbidden: 
         return loaded[name]
 
     def __import__(name, globals=None, locals=None, fromlist=(), level=0):
-        if name in for_c_code and type(fromlist) is list:  # an import statement passes None or a tuple
-            return module_type(name)
+        if name in ("time", "_strptime") and type(fromlist) is list:  # datetime's C code, which reads nothing of them
+            return module_type(name)  # an import statement passes None or a tuple
         if level or name not in table:
             raise forbidden(name)
         return stand_in(name if fromlist else name.partition(".")[0])
@@ -174,7 +173,7 @@ def namespace_maker(modules: list[str], full_builtins: bool) -> Callable[[], dic
         table[module] = {k: v for k, v in items if k[0] != "_" and k not in HIDDEN and type(v) is not types.ModuleType}
     safe = {name: value for name, value in vars(builtins).items() if name not in DENIED_NAMES}
     lonely = types.FunctionType(make_importer.__code__, {"__builtins__": safe})
-    safe["__import__"], loaded = lonely(table, FOR_C_CODE, types.ModuleType, Forbidden)
+    safe["__import__"], loaded = lonely(table, types.ModuleType, Forbidden)
 
     def fresh() -> dict:
         loaded.clear()
