@@ -287,18 +287,15 @@ class Executor(AbstractContextManager):
             left = [call for call in calls if not call.claims or agree(call.claims).answered]
             while left:
                 arguments = [call.arguments for call in left]
-                lines, cause, spent = self.pool.ask(seed, program, arguments, repeats, cpu_s, memory)
-                for n, call in enumerate(left):
-                    call.cpu_s += spent / len(left)
-                    call.claims += map(self._read, lines[n * repeats : (n + 1) * repeats])
-                whole = len(lines) // repeats
-                died, left = left[whole : whole + 1], left[whole + 1 :]
-                for call in died:
-                    call.claims.append(self._read(cause))
-                    if call.claims[-1].verdict is Verdict.TIMEOUT and not patient:
-                        for late in left:
-                            late.claims += [NOT_TRIED] * (late.jobs <= call.jobs)
-                        left = [other for other in left if NOT_TRIED not in other.claims]
+                claims, spent = self.pool.ask(seed, program, arguments, repeats, cpu_s, memory)
+                for call, lines in zip(left, claims, strict=False):
+                    call.cpu_s += spent / len(claims)
+                    call.claims += map(self._read, lines)
+                left = left[len(claims) :]
+                if call.claims[-1].verdict is Verdict.TIMEOUT and not patient:
+                    for late in left:
+                        late.claims += [NOT_TRIED] * (late.jobs <= call.jobs)
+                    left = [other for other in left if NOT_TRIED not in other.claims]
         return calls
 
     def _read(self, line: str) -> Result:

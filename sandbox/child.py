@@ -197,11 +197,9 @@ def claims(code: types.CodeType, call: bytes, repeats: int, fresh: Callable, ent
     except BaseException as error:
         failure = explain(error, "load")
     for _ in range(repeats):
-        line = failure
         try:
-            if not failure:
-                args, kwargs = marshal.loads(call)
-                line = "ok\t" + serialise(namespace[entry](*args, **kwargs), most)
+            args, kwargs = marshal.loads(call)
+            line = failure or "ok\t" + serialise(namespace[entry](*args, **kwargs), most)
         except BaseException as error:
             line = explain(error, "call")
         yield line.encode("utf-8", "backslashreplace") + b"\n"

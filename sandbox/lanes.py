@@ -75,14 +75,14 @@ class Pool:
             self.free[lane.seed].put(lane)
 
     def ask(self, seed: int, program: str, calls: list[bytes], repeats: int, cpu_s: float, memory: int) -> tuple:
-        """Have one child of a server with this seed run a program and call it: (lines, cause, CPU seconds).
+        """Have one child of a server with this seed run a program and call it: (claims of each call, CPU seconds).
 
-        There is a line `verdict TAB text` for each repeat of each call; the cause is a line that says why the next one
-        is missing. A server that dies (or hangs and is killed) is started again and the job tried once more: the
-        program may be the reason. RuntimeError: it keeps dying, and that must not pass for a wrong program.
+        A claim is a line `verdict TAB text` for each repeat of the call. The last call may have killed the child: then
+        its only claim is the cause. A server that dies (or hangs and is killed) is started again and the job tried once
+        more: the program may be the reason. RuntimeError: it keeps dying, and that must not pass for a wrong program.
         """
-        job, lines, attempts = marshal.dumps((program, calls, repeats, cpu_s, memory)), len(calls) * repeats, 0
-        patience = self.config["hang_s"] + lines * (self.config["wall_s"] + 100 * cpu_s)
+        job, attempts = marshal.dumps((program, calls, repeats, cpu_s, memory)), 0
+        patience = self.config["hang_s"] + len(calls) * repeats * (self.config["wall_s"] + 100 * cpu_s)
         lane = self.free[seed].get()
         try:
             while not self.stopping and lane.deaths < self.config["deaths"]:
@@ -92,15 +92,16 @@ class Pool:
                     lane.socket.sendall(FRAME.pack(len(job)) + job)
                     spent, *claims, cause = receive(lane.socket.recv).decode("utf-8", "replace").split("\n")
                     lane.deaths = 0
-                    return claims, cause, float(spent)
+                    whole = [claims[i : i + repeats] for i in range(0, len(claims) - repeats + 1, repeats)]
+                    return [*whole, [cause]][: len(calls)], float(spent)
                 except (EOFError, OSError):
                     status = lane.close()
                 if status == -signal.SIGPROF:
-                    return ["timeout\tcompile"] * lines, "", 0.0
+                    return [["timeout\tcompile"]] * len(calls), 0.0
                 lane.deaths += 1
                 attempts += lane.layers != {} and status != 0  # else it never was, or had grown and retired
                 if attempts == 2:
-                    return ["runtime_error\tserver_died"] * lines, "", 0.0
+                    return [["runtime_error\tserver_died"]] * len(calls), 0.0
             raise RuntimeError("the executor's servers keep dying: run `python executor.py --doctor`")
         finally:
             self.free[seed].put(lane)
