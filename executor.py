@@ -28,10 +28,11 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 if sys.platform == "win32":
@@ -158,9 +159,6 @@ def same_value(a: object, b: object) -> bool:
     return a is b or a == b
 
 
-NOT_TRIED = Result(Verdict.TIMEOUT, error="not tried")
-
-
 @dataclass(eq=False)
 class Call:
     """One distinct call of a program: the jobs that asked for it, what it has claimed so far, and the verdict on it."""
@@ -255,15 +253,12 @@ class Executor(AbstractContextManager):
         for (program, limit), calls in programs.items():
             for i in range(0, len(calls), most):
                 parts.append((program, limit, list(calls.values())[i : i + most]))
-
-        def settle(calls: list[Call]) -> None:
-            for call in calls:
-                call.result = replace(agree(call.claims), cpu_s=call.cpu_s)
-                progress(sum(all(other.result for other in rows[job]) for job in call.jobs))
-
         progress = progress or (lambda n: None)
         progress(rows.count([]))
-        self.pool.each(partial(self._examine, checked, patient), parts, settle)
+        with closing(self.pool.each(partial(self._examine, checked, patient), parts)) as examined:
+            for call in chain.from_iterable(examined):
+                call.result = replace(agree(call.claims), cpu_s=call.cpu_s)
+                progress(sum(all(other.result for other in rows[job]) for job in call.jobs))
         return [[call.result for call in row] for row in rows]
 
     def _marshalled(self, text: str) -> bytes | None:
@@ -293,9 +288,10 @@ class Executor(AbstractContextManager):
                     call.claims += map(self._read, lines)
                 left = left[len(claims) :]
                 if call.claims[-1].verdict is Verdict.TIMEOUT and not patient:
-                    for late in left:
-                        late.claims += [NOT_TRIED] * (late.jobs <= call.jobs)
-                    left = [other for other in left if NOT_TRIED not in other.claims]
+                    late = [other for other in left if other.jobs <= call.jobs]
+                    for other in late:
+                        other.claims.append(Result(Verdict.TIMEOUT, error="not tried"))
+                    left = [other for other in left if other not in late]
         return calls
 
     def _read(self, line: str) -> Result:

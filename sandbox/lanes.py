@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from queue import SimpleQueue
@@ -106,16 +106,16 @@ class Pool:
         finally:
             self.free[seed].put(lane)
 
-    def each(self, function: Callable, items: Sequence, done: Callable) -> None:
-        """done(function(item)) for each item: `function` in as many threads as there are lanes, `done` in the caller's.
-        Any exception, Ctrl-C too, ends the servers; they start again at their next use."""
+    def each(self, function: Callable, items: Sequence) -> Iterator:
+        """function(item) of each item, as they get ready, in as many threads as there are lanes. Any exception, Ctrl-C
+        too, ends the servers; they start again at their next use. To be closed: the caller may raise one as well."""
         self.stopping, futures = False, []
         with ThreadPoolExecutor(len(self.lanes)) as threads:
             try:
                 for item in items:
                     futures.append(threads.submit(function, item))
                 for future in as_completed(futures):
-                    done(future.result())
+                    yield future.result()
             finally:
                 self.stopping = True
                 while wait(futures, 0.01).not_done:
