@@ -268,8 +268,7 @@ class Executor(AbstractContextManager):
             return None
 
     def _examine(self, checked: bool, patient: bool, part: tuple[str, float, list[Call]]) -> list[Call]:
-        """Collect the claims of a program's calls, seed by seed, in the thread of a lane. A call that kills its child
-        leaves none: then the cause of death is its claim, and another child goes on behind it."""
+        """Collect the claims of a program's calls, seed by seed, in a thread. Behind a death another child goes on."""
         program, cpu_s, calls = part
         seeds, repeats = (self.limits.hash_seeds, self.limits.repeats) if checked else (self.limits.hash_seeds[:1], 1)
         memory = (self.limits.memory_mb << 20) * (4 if checked else 5) // 4

@@ -186,8 +186,7 @@ def claims(code: types.CodeType, call: bytes, repeats: int, fresh: Callable, ent
     """Yield one line per repeat of one call: verdict TAB text LF. `call`: marshalled (arguments, keyword arguments).
 
     The program is executed once in a fresh namespace and called `repeats` times there with fresh arguments, so that
-    state kept between calls shows. In place of a verdict, "load" or "call" says where the program raised the exception
-    that the text names.
+    state kept between calls shows. "load" or "call" for a verdict: where it raised the exception that the text names.
     """
     namespace, failure = fresh(), ""
     try:
@@ -274,8 +273,7 @@ class Server:
             view = view[os.write(self.channel, view) :]
 
     def run(self, program: str, calls: list[bytes], repeats: int, cpu_s: float, memory: int) -> bytes:
-        """Gate, fork, watch, kill: the reply to one job. Its lines are CPU seconds, what the child wrote, and the cause
-        why the next one is missing."""
+        """Gate, fork, watch, kill; the lines of the reply are CPU seconds, the child's, why the next one is missing."""
         lines, entry, most = len(calls) * repeats, self.config["entry"], self.config["max_output_chars"]
         try:
             signal.setitimer(signal.ITIMER_PROF, self.config["compile_cpu_s"])  # ends this process: nested finally
@@ -314,8 +312,8 @@ class Server:
         """Collect what the child writes until it is done, too slow or too talkative. EOFError: the trainer is gone.
 
         `cpu_s` is for each line, by the child's own CPU clock, so that a busy machine turns no honest program into a
-        timeout. Sleepers are ended by the wall: when that clock stands still. A share of the wall time would not do:
-        on a busy machine a program may well wait for its first millisecond.
+        timeout. Sleepers are ended by the wall, when that clock stands still (a busy machine may well let a program
+        wait for its first millisecond, so a share of the wall time would not do).
         """
         still_s = max(self.config["still_s"], 5 * cpu_s)
         wall_s = self.config["wall_s"] + 100 * cpu_s

@@ -126,8 +126,7 @@ def build_arguments(call: ast.expr) -> tuple[tuple, dict]:
 
 
 def build(node: ast.expr, depth: int = 1) -> object:
-    """The value of a syntax tree if it is plain data; everything else raises BadLiteral (or, where an element cannot be
-    hashed, TypeError)."""
+    """The value of a syntax tree of plain data. Raises BadLiteral for others, TypeError if an element has no hash."""
     if depth > LITERAL_DEPTH:
         raise BadLiteral(f"the literal is nested deeper than {LITERAL_DEPTH} levels")
     match node:
