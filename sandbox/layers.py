@@ -110,9 +110,7 @@ class Layers:
         """Handle every right this kernel knows and grant none: no file, no TCP, no signal or socket to the outside."""
         abi = self.call("syscall", 444, None, 0, 1)
         rights = (1 << (0, 13, 14, 15, 15, 16)[max(0, min(abi, 5))]) - 1
-        ruleset = struct.pack(
-            "QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0
-        )  # zeros are fine for any kernel
+        ruleset = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)  # any kernel takes zeros
         handle = self.call("syscall", 444, ruleset, len(ruleset), 0)
         if handle >= 0:
             self.active["landlock"] = abi if self.call("syscall", 446, handle, 0) == 0 else 0
