@@ -192,11 +192,6 @@ class Executor(AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def restarts(self) -> int:
-        """Servers that had to be started again so far."""
-        return sum(lane.starts - 1 for lane in self.lanes)
-
     def run(self, jobs: Jobs, progress: Progress = None, cpu_s: Seconds = None) -> Results:
         """Call each (program, [argument texts]) once per input. `cpu_s`: CPU seconds per call, for all or per job."""
         return self._execute(jobs, progress, cpu_s or self.limits.cpu_s)
