@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -109,13 +109,23 @@ class Pool:
     def each(self, function: Callable, items: Sequence) -> Iterator:
         """function(item) of each item, as they get ready, in as many threads as there are lanes. Any exception, Ctrl-C
         too, ends the servers; they start again at their next use. To be closed: the caller may raise one as well."""
-        self.stopping, futures = False, []
+        left, finished, futures, self.stopping = iter(items), SimpleQueue(), [], False
+
+        def work() -> None:
+            for item in left:  # one iterator for all threads
+                finished.put(function(item))
+
         with ThreadPoolExecutor(len(self.lanes)) as threads:
             try:
-                for item in items:
-                    futures.append(threads.submit(function, item))
-                for future in as_completed(futures):
-                    yield future.result()
+                for _ in self.lanes[: len(items)]:
+                    futures.append(threads.submit(work))
+                    futures[-1].add_done_callback(finished.put)
+                for _ in [*items, *futures]:
+                    done = finished.get()
+                    if isinstance(done, Future):
+                        done.result()  # a thread has nothing left, or raises here what it has raised
+                    else:
+                        yield done
             finally:
                 self.stopping = True
                 while wait(futures, 0.01).not_done:

@@ -43,13 +43,14 @@ PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 
 def seccomp_filter(audit: int, column: int) -> bytes:
     """A classic BPF program over (architecture, call number): allow, refuse with EPERM, or kill the process."""
-    kill = (0x06, 0, 0, 0x80000000)
-    code = [(0x20, 0, 0, 4), (0x15, 1, 0, audit), kill, (0x20, 0, 0, 0)]
-    for table, action in ((ALLOWED_CALLS, 0x7FFF0000), (REFUSED_CALLS, 0x00050001)):
-        numbers = [call.split(":")[1 + column] for call in table.split()]
-        for number in filter(None, numbers):  # some calls exist on one machine only
-            code += [(0x15, 0, 1, int(number)), (0x06, 0, 0, action)]
-    return b"".join(struct.pack("HBBI", *line) for line in [*code, kill])
+    tables = [[line.split(":")[1 + column] for line in table.split()] for table in (ALLOWED_CALLS, REFUSED_CALLS)]
+    allowed, refused = ([int(number) for number in table if number] for table in tables)
+    code = [(0x20, 0, 0, 4), (0x15, 1, 0, audit), (0x06, 0, 0, 0x80000000), (0x20, 0, 0, 0)]
+    total = len(allowed) + len(refused)  # after these: kill, refuse, allow
+    for place, number in enumerate(allowed + refused):
+        code.append((0x15, total - place - 1 + (2 if place < len(allowed) else 1), 0, number))
+    code += [(0x06, 0, 0, 0x80000000), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]
+    return b"".join(struct.pack("HBBI", *line) for line in code)
 
 
 class Layers:
