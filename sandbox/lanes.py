@@ -94,7 +94,7 @@ class Pool:
                     lane.deaths = 0
                     whole = [claims[i : i + repeats] for i in range(0, len(claims) - repeats + 1, repeats)]
                     return [*whole, [cause]][: len(calls)], float(spent)
-                except (EOFError, OSError):
+                except (EOFError, OSError, ValueError):  # it ended, hangs, or sent what is no reply
                     status = lane.close()
                 if status == -signal.SIGPROF:
                     return [["timeout\tcompile"]] * len(calls), 0.0
