@@ -14,8 +14,7 @@ a set of two strings slips through about half the time); later runs always use t
 consistent. On macOS, or where the kernel has no seccomp, only the filter, resource limits and process separation
 remain: use a container or a virtual machine there. Windows is refused.
 
-The way of a program: `sandbox/lanes.py` carries it to the fork servers, `child.py` there is a server and its children,
-`layers.py` the kernel's part, `literals.py` values as text. Paper: arXiv 2505.03335, sections 3.3.3 and 3.3.4. Usage:
+How a program runs: `sandbox/__init__.py`. Paper: arXiv 2505.03335, sections 3.3.3 and 3.3.4. Usage:
     with Executor() as executor:
         [[result]] = executor.validate([("def f(x):\n    return x + 1", ["41"])])      # result.output == "42"
         [judgement] = executor.compare([("42", "42.0")])                              # judgement.correct
@@ -29,10 +28,11 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
-from functools import cache
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 if sys.platform == "win32":
@@ -49,6 +49,7 @@ ALLOWED_MODULES = tuple(
 )
 Jobs = Sequence[tuple[str, Sequence[str]]]  # (program, argument texts of each call)
 Pairs = Sequence[tuple[str, Sequence[str], Sequence[str]]]  # (program, hidden inputs, gold outputs)
+Results = list[list["Result"]]  # of each job, of each of its calls
 Seconds = float | Sequence[float] | None
 Progress = Callable[[int], None] | None  # called, in the caller's thread, with the number of jobs newly done
 
@@ -142,31 +143,36 @@ def agree(claims: Sequence[Result]) -> Result:
     must do the same: return an equal output (stricter than `same_value`: 1 is not True; the order of sets and dicts is
     free), or raise an exception of the same class at the same stage. All else, say a limit that is met, decides alone.
     """
-    first = claims[0]
     for claim in claims:
         if not claim.answered:
             return claim
-    for claim in claims:
-        same = (claim.verdict, claim.error, claim.stage) == (first.verdict, first.error, first.stage)
-        if not same or (claim.output != first.output and unordered(claim.output) != unordered(first.output)):
-            return Result(Verdict.NONDETERMINISTIC)
-    return first
-
-
-def unordered(output: str) -> str:
-    return canonical(parse_literal(output, len(output)))
+    ends = {(claim.verdict, claim.error, claim.stage) for claim in claims}
+    outputs = {claim.output for claim in claims}
+    if len(ends) == 1 and len(outputs) > 1:  # perhaps only in the order of a dict
+        outputs = {canonical(parse_literal(output, len(output))) for output in outputs}
+    return claims[0] if len(ends) == len(outputs) == 1 else Result(Verdict.NONDETERMINISTIC)
 
 
 def same_value(a: object, b: object) -> bool:
     """The rule of equality: Python's == on plain values (True == 1 == 1.0, -0.0 == 0.0, order of sets and dicts
-    ignored, a list is no tuple), except that nan equals nan, also inside containers."""
-    if type(a) is float and type(b) is float and a != a and b != b:
-        return True
-    if type(a) is type(b) and type(a) in (list, tuple):
-        return len(a) == len(b) and all(map(same_value, a, b))
-    if type(a) is dict and type(b) is dict and a.keys() == b.keys():
-        return all(same_value(a[key], b[key]) for key in a)
-    return a == b or (type(a) in (dict, set, frozenset) and canonical(a) == canonical(b))  # nan as an element or key
+    ignored, a list is no tuple), except that nan equals nan, also inside containers: `parse_literal` knows only one."""
+    return a is b or a == b
+
+
+@dataclass(eq=False)
+class Call:
+    """One distinct call of a program: the jobs that asked for it, what it has claimed so far, and the verdict on it."""
+
+    arguments: bytes | None  # marshalled (arguments, keyword arguments): trusted data on its way down
+    jobs: set[int] = field(default_factory=set)
+    claims: list[Result] = field(default_factory=list)
+    cpu_s: float = 0.0
+    result: Result | None = None
+
+
+def most_lanes() -> int:
+    """Fork servers that a machine keeps busy: two per core, at most 32."""
+    return min(32, 2 * (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 
 
 class Executor(AbstractContextManager):
@@ -190,19 +196,14 @@ class Executor(AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def restarts(self) -> int:
-        """Servers that had to be started again so far."""
-        return sum(lane.starts - 1 for lane in self.lanes)
-
-    def run(self, jobs: Jobs, progress: Progress = None, cpu_s: Seconds = None) -> list[list[Result]]:
+    def run(self, jobs: Jobs, progress: Progress = None, cpu_s: Seconds = None) -> Results:
         """Call each (program, [argument texts]) once per input. `cpu_s`: CPU seconds per call, for all or per job."""
-        return Batch(self, jobs, progress, cpu_s or self.limits.cpu_s).results
+        return self._execute(jobs, progress, cpu_s or self.limits.cpu_s)
 
-    def validate(self, jobs: Jobs, progress: Progress = None) -> list[list[Result]]:
+    def validate(self, jobs: Jobs, progress: Progress = None) -> Results:
         """As `run`, but OK only if the program runs, is safe and is deterministic (`agree`). After a timeout a job's
         other inputs are not tried: they count as timeouts too."""
-        return Batch(self, jobs, progress, self.limits.validate_cpu_s, checked=True, patient=False).results
+        return self._execute(jobs, progress, self.limits.validate_cpu_s, checked=True, patient=False)
 
     def verify(self, jobs: Pairs, progress: Progress = None) -> list[Judgement]:
         """Each (program, inputs, gold outputs) is right if the program returns every gold output. Gold outputs stay
@@ -210,8 +211,8 @@ class Executor(AbstractContextManager):
         if not all(inputs and len(inputs) == len(golds) for _, inputs, golds in jobs):
             raise ValueError("verify needs at least one hidden pair for each program, and as many outputs as inputs")
         calls, judgements = [(program, inputs) for program, inputs, _ in jobs], []
-        batch = Batch(self, calls, progress, self.limits.cpu_s, patient=False)
-        for (_, _, golds), results in zip(jobs, batch.results, strict=True):
+        found = self._execute(calls, progress, self.limits.cpu_s, patient=False)
+        for (_, _, golds), results in zip(jobs, found, strict=True):
             pairs = [self._judge(gold, result) for gold, result in zip(golds, results, strict=True)]
             first = next((pair for pair in pairs if pair.verdict is not Verdict.OK), pairs[0])
             score = sum(pair.correct for pair in pairs) / len(pairs)
@@ -232,100 +233,66 @@ class Executor(AbstractContextManager):
             return Judgement(False, 0.0, Verdict.OK, "BadLiteral")
         return Judgement(correct, float(correct), Verdict.OK)
 
-
-def most_lanes() -> int:
-    """Fork servers that a machine keeps busy: two per core, at most 32."""
-    return min(32, 2 * (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
-
-
-NOT_TRIED = Result(Verdict.TIMEOUT, error="not tried")
-
-
-@dataclass(eq=False)
-class Cell:
-    """One distinct call of a program: what it has claimed so far, and the (job, input) pairs that asked for it."""
-
-    call: bytes  # marshalled (arguments, keyword arguments): trusted data on its way down
-    claims: list[Result]
-    places: list[tuple[int, int]] = field(default_factory=list)
-    cpu_s: float = 0.0
-
-
-class Batch:
-    """Finds identical (program, input) pairs, which run once, and has each program's calls examined; `results` has a
-    list per job. `checked`: every hash seed, several calls in each process. `patient`: go on with a job's other inputs
-    after one of them timed out."""
-
-    def __init__(
-        self, executor: Executor, jobs: Jobs, progress: Progress, cpu_s: Seconds, checked=False, patient=True
-    ) -> None:
-        if not executor.close.alive:
+    def _execute(self, jobs: Jobs, progress: Progress, cpu_s: Seconds, checked=False, patient=True) -> Results:
+        """A list of results per job; identical (program, input) pairs run once. `checked`: every hash seed, several
+        calls in each process. `patient`: go on with a job's other inputs after one of them timed out."""
+        if not self.close.alive:
             raise RuntimeError("this executor is closed: make a new one")
-        self.pool, self.limits, self.patient = executor.pool, executor.limits, patient
-        self.seeds = self.limits.hash_seeds if checked else self.limits.hash_seeds[:1]
-        self.repeats = self.limits.repeats if checked else 1
-        self.memory = (self.limits.memory_mb << 20) * (4 if checked else 5) // 4
-        self.results: list[list] = [[None] * len(inputs) for _, inputs in jobs]
-        self.progress = progress or (lambda n: None)
-        self.progress(self.results.count([]))
-        programs: dict[tuple[str, float], dict[bytes, Cell]] = {}
-        marshalled = cache(self.marshalled)
+        programs: dict[tuple[str, float], dict[bytes | None, Call]] = {}
+        rows: list[list[Call]] = [[] for _ in jobs]
+        marshalled, most = cache(self._marshalled), self.limits.inputs_per_fork
         seconds = cpu_s if isinstance(cpu_s, Sequence) else [cpu_s] * len(jobs)
-        for j, ((program, inputs), limit) in enumerate(zip(jobs, seconds, strict=True)):
-            cells = programs.setdefault((program, limit), {})
-            for i, text in enumerate(inputs):
-                call = marshalled(text)
-                refused = [] if call else [Result(Verdict.BAD_INPUT)]
-                if len(program) > self.limits.max_source_chars:
-                    refused = [Result(Verdict.SOURCE_TOO_LARGE)]
-                cells.setdefault(call, Cell(call, refused)).places.append((j, i))
+        for job, ((program, inputs), limit) in enumerate(zip(jobs, seconds, strict=True)):
+            calls = programs.setdefault((program, limit), {})
+            for text in inputs:
+                call = calls.setdefault(marshalled(text), Call(marshalled(text)))
+                call.jobs.add(job)
+                rows[job].append(call)
         parts = []
-        for (program, limit), cells in programs.items():
-            for i in range(0, len(cells), self.limits.inputs_per_fork):
-                parts.append((program, limit, list(cells.values())[i : i + self.limits.inputs_per_fork]))
-        self.pool.each(self.examine, parts, self.settle)
+        for (program, limit), calls in programs.items():
+            for i in range(0, len(calls), most):
+                parts.append((program, limit, list(calls.values())[i : i + most]))
+        progress = progress or (lambda n: None)
+        progress(rows.count([]))
+        with closing(self.pool.each(partial(self._examine, checked, patient), parts)) as examined:
+            for call in chain.from_iterable(examined):
+                call.result = replace(agree(call.claims), cpu_s=call.cpu_s)
+                progress(sum(all(other.result for other in rows[job]) for job in call.jobs))
+        return [[call.result for call in row] for row in rows]
 
-    def marshalled(self, text: str) -> bytes:
-        """The arguments of a call; nothing if the text is no list of literals."""
-        try:
-            arguments = parse_arguments(text, self.limits.max_literal_chars)
+    def _marshalled(self, text: str) -> bytes | None:
+        try:  # version 2: equal values give equal bytes
+            return marshal.dumps(parse_arguments(text, self.limits.max_literal_chars), 2)
         except BadLiteral:
-            return b""
-        return marshal.dumps(arguments, 2)  # version 2: equal values give equal bytes
+            return None
 
-    def examine(self, part: tuple[str, float, list[Cell]]) -> list[Cell]:
-        """Collect the claims of a program's calls, seed by seed, in the thread of a lane. A call that kills its child
-        leaves none: then the cause of death is its claim, and another child goes on behind it."""
-        (program, cpu_s, cells), repeats = part, self.repeats
-        cells = [cell for cell in cells if not cell.claims]
-        for seed in self.seeds:
-            left = cells
+    def _examine(self, checked: bool, patient: bool, part: tuple[str, float, list[Call]]) -> list[Call]:
+        """Collect the claims of a program's calls, seed by seed, in a thread. Behind a death another child goes on."""
+        program, cpu_s, calls = part
+        seeds, repeats = (self.limits.hash_seeds, self.limits.repeats) if checked else (self.limits.hash_seeds[:1], 1)
+        memory = (self.limits.memory_mb << 20) * (4 if checked else 5) // 4
+        for call in calls:
+            if len(program) > self.limits.max_source_chars:
+                call.claims.append(Result(Verdict.SOURCE_TOO_LARGE))
+            elif call.arguments is None:
+                call.claims.append(Result(Verdict.BAD_INPUT))
+        for seed in seeds:
+            left = [call for call in calls if not call.claims or agree(call.claims).answered]
             while left:
-                calls = [cell.call for cell in left]
-                lines, cause, spent = self.pool.ask(seed, program, calls, repeats, cpu_s, self.memory)
-                for cell in left:
-                    cell.cpu_s += spent / len(left)
-                whole = len(lines) // repeats
-                for n, cell in enumerate(left[:whole]):
-                    cell.claims += map(self.read, lines[n * repeats : (n + 1) * repeats])
-                died, left = left[whole : whole + 1], left[whole + 1 :]
-                for cell in died:
-                    cell.claims.append(self.read(cause))
-                    if cell.claims[-1].verdict is Verdict.TIMEOUT and not self.patient:
-                        late = {job for job, _ in cell.places}
-                        left = [cell for cell in left if not late.issuperset(job for job, _ in cell.places)]
-            cells = [cell for cell in cells if cell.claims and agree(cell.claims).answered]
-        return part[2]
+                arguments = [call.arguments for call in left]
+                claims, spent = self.pool.ask(seed, program, arguments, repeats, cpu_s, memory)
+                for call, lines in zip(left, claims, strict=False):
+                    call.cpu_s += spent / len(claims)
+                    call.claims += map(self._read, lines)
+                left = left[len(claims) :]
+                if call.claims[-1].verdict is Verdict.TIMEOUT and not patient:
+                    late = [other for other in left if other.jobs <= call.jobs]
+                    for other in late:
+                        other.claims.append(Result(Verdict.TIMEOUT, error="not tried"))
+                    left = [other for other in left if other not in late]
+        return calls
 
-    def settle(self, cells: list[Cell]) -> None:
-        for cell in cells:
-            result = replace(agree(cell.claims or [NOT_TRIED]), cpu_s=cell.cpu_s)
-            for j, i in cell.places:
-                self.results[j][i] = result
-                if all(self.results[j]):
-                    self.progress(1)
-
-    def read(self, line: str) -> Result:
+    def _read(self, line: str) -> Result:
         """One claim, believed only as far as its form allows; its text is parsed and written anew."""
         (word, _, text), most = line.partition("\t"), self.limits.max_output_chars
         error = text if len(text) <= 64 and text.replace(".", "_").isidentifier() else ""

@@ -2,8 +2,9 @@
 
 `lanes.py` starts this file as a small process of its own (a "lane") and sends it jobs. The server never runs model code
 itself and never learns what the right answer would have been. In the order of this file:
-    gate, check   source text -> code object, or a verdict; nothing is executed
-    namespaces    what the program can see: builtins without the dangerous ones, stand-ins instead of modules
+    gate, check   source text -> code object, or a clear verdict; nothing is executed. Nothing relies on this filter
+    namespaces    what the program can see: builtins without the dangerous ones, stand-ins instead of modules. Fresh for
+                  every call, so that state and patches never reach the next one
     claims        run the program in a fresh namespace, call it, one line of text per call
     Server        receive, gate, fork, watch the child's CPU clock, kill, reply
 
@@ -34,7 +35,6 @@ from sandbox.layers import Layers, cpu_clock
 from sandbox.literals import Refused, serialise
 
 FRAME = struct.Struct("<I")  # length of the message that follows
-HEAD = struct.Struct("<f")  # of a reply: CPU seconds; then the child's lines, and in the last why one is missing
 
 
 def receive(read: Callable[[int], bytes]) -> bytes:
@@ -46,9 +46,6 @@ def receive(read: Callable[[int], bytes]) -> bytes:
             raise EOFError("a server of the executor ended or did not start: run `python executor.py --doctor`")
         data += piece
     return bytes(data[FRAME.size :])
-
-
-# The static gate: a first filter and the source of clear verdicts. It can be fooled and nothing relies on it.
 
 
 def words(text: str) -> frozenset[str]:
@@ -64,7 +61,7 @@ FRAMES = words(
     "f_globals f_locals f_builtins func_globals func_code co_code co_consts co_names mro"
 )
 CLOCKS = words("now utcnow today")
-HONEST = words(  # the dunder names that honest classes define or read; every other one is refused
+HONEST_DUNDERS = words(  # what honest classes define or read; every other one is refused
     "init new del post_init repr str bytes format hash bool eq ne lt le gt ge len length_hint getitem setitem delitem "
     "missing iter next reversed contains call enter exit aenter aexit aiter anext await add sub mul matmul truediv "
     "floordiv mod divmod pow lshift rshift and xor or radd rsub rmul rmatmul rtruediv rfloordiv rmod rdivmod rpow "
@@ -73,7 +70,7 @@ HONEST = words(  # the dunder names that honest classes define or read; every ot
     "init_subclass class_getitem instancecheck subclasscheck prepare copy deepcopy slots name qualname doc module "
     "class cause context notes debug future all version author"
 )
-DUNDERS = frozenset(f"__{name}__" for name in HONEST)
+DUNDERS = frozenset(f"__{name}__" for name in HONEST_DUNDERS)
 
 
 @lru_cache(maxsize=32)  # a program often comes again with other inputs; refusals are not kept
@@ -84,12 +81,11 @@ def gate(source: str, modules: frozenset[str] | None) -> types.CodeType:
     where the program binds that name itself (say a parameter called `input`).
     """
     try:
-        tree = ast.parse(source) if modules is not None else None
         code = compile(source, "<program>", "exec", dont_inherit=True)  # also finds `return` outside a function
+        if modules is not None:
+            check(ast.parse(source), modules)
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
         raise Refused("syntax_error", type(error).__name__) from None
-    if tree is not None:
-        check(tree, modules)
     return code
 
 
@@ -118,8 +114,7 @@ def check(tree: ast.AST, modules: frozenset[str]) -> None:
             case ast.ImportFrom(module=name, names=aliases, level=level):
                 imports.add("." * level + (name or ""))
                 words.update(alias.name for alias in aliases)
-                if any(alias.name.startswith("_") for alias in aliases):
-                    raise Refused("unsafe", "import")
+                imports.update(alias.name for alias in aliases if alias.name.startswith("_"))
             case ast.alias(name=name, asname=alias):
                 bound.add(alias or name.partition(".")[0])
             case ast.keyword(arg=name):
@@ -136,23 +131,14 @@ def check(tree: ast.AST, modules: frozenset[str]) -> None:
         raise Refused("unsafe", min(bad))
 
 
-# What the program can see. Fresh for every call, so that state and patches never reach the next one.
-
 HIDDEN = words("attrgetter methodcaller Formatter get_type_hints ForwardRef")  # read attributes by text or evaluate it
-FOR_C_CODE = ("time", "_strptime")  # datetime's C code imports these through the program's __import__, unread
 
 
 class Forbidden(ImportError):
     """An import outside the allow-list that got past (or around) the gate."""
 
 
-def public_names(name: str) -> dict:
-    """The names a program may use of an allowed module: no private ones, no modules (`dataclasses.sys` leads out)."""
-    items = vars(sys.modules[name]).items()
-    return {k: v for k, v in items if k[0] != "_" and k not in HIDDEN and type(v) is not types.ModuleType}
-
-
-def make_importer(table: dict, for_c_code: tuple, module_type: type, forbidden: type) -> tuple:
+def make_importer(table: dict, module_type: type, forbidden: type) -> tuple:
     """An __import__ over stand-in modules, and the dict of those in use. Programs can reach the function, so its code
     must not have the globals of this file (see `namespace_maker`)."""
     loaded = {}
@@ -167,8 +153,8 @@ def make_importer(table: dict, for_c_code: tuple, module_type: type, forbidden: 
         return loaded[name]
 
     def __import__(name, globals=None, locals=None, fromlist=(), level=0):
-        if name in for_c_code and type(fromlist) is list:  # an import statement passes None or a tuple
-            return module_type(name)
+        if name in ("time", "_strptime") and type(fromlist) is list:  # datetime's C code, which reads nothing of them
+            return module_type(name)  # an import statement passes None or a tuple
         if level or name not in table:
             raise forbidden(name)
         return stand_in(name if fromlist else name.partition(".")[0])
@@ -181,10 +167,13 @@ def namespace_maker(modules: list[str], full_builtins: bool) -> Callable[[], dic
     if full_builtins:
         builtins.exit = builtins.quit = sys.exit  # what the site module would have added
         return lambda: {"__builtins__": builtins, "__name__": "__main__"}
-    table = {name: public_names(name) for name in modules}
+    table = {}
+    for module in sys.modules.keys() & modules:  # public names, and no modules: `dataclasses.sys` leads out
+        items = vars(sys.modules[module]).items()
+        table[module] = {k: v for k, v in items if k[0] != "_" and k not in HIDDEN and type(v) is not types.ModuleType}
     safe = {name: value for name, value in vars(builtins).items() if name not in DENIED_NAMES}
     lonely = types.FunctionType(make_importer.__code__, {"__builtins__": safe})
-    safe["__import__"], loaded = lonely(table, FOR_C_CODE, types.ModuleType, Forbidden)
+    safe["__import__"], loaded = lonely(table, types.ModuleType, Forbidden)
 
     def fresh() -> dict:
         loaded.clear()
@@ -197,8 +186,7 @@ def claims(code: types.CodeType, call: bytes, repeats: int, fresh: Callable, ent
     """Yield one line per repeat of one call: verdict TAB text LF. `call`: marshalled (arguments, keyword arguments).
 
     The program is executed once in a fresh namespace and called `repeats` times there with fresh arguments, so that
-    state kept between calls shows. In place of a verdict, "load" or "call" says where the program raised the exception
-    that the text names.
+    state kept between calls shows. "load" or "call" for a verdict: where it raised the exception that the text names.
     """
     namespace, failure = fresh(), ""
     try:
@@ -208,11 +196,9 @@ def claims(code: types.CodeType, call: bytes, repeats: int, fresh: Callable, ent
     except BaseException as error:
         failure = explain(error, "load")
     for _ in range(repeats):
-        line = failure
         try:
-            if not failure:
-                args, kwargs = marshal.loads(call)
-                line = "ok\t" + serialise(namespace[entry](*args, **kwargs), most)
+            args, kwargs = marshal.loads(call)
+            line = failure or "ok\t" + serialise(namespace[entry](*args, **kwargs), most)
         except BaseException as error:
             line = explain(error, "call")
         yield line.encode("utf-8", "backslashreplace") + b"\n"
@@ -237,7 +223,6 @@ class Server:
         os.environ.clear()
         self.channel, self.config, self.trainer = channel, config, os.getppid()
         self.allowed = frozenset(config["modules"]) if config["gate"] else None
-        self.layers = Layers(config["isolation"])
         os.register_at_fork, real = (lambda **hooks: None), os.register_at_fork  # `random` would re-seed in every child
         for name in [*config["modules"], "_strptime"]:
             with suppress(ImportError):  # a part of the standard library that this Python was built without
@@ -250,7 +235,7 @@ class Server:
         sys.unraisablehook = lambda *_: None
         sys.stdout.reconfigure(errors="backslashreplace")
         sys.modules["__main__"] = types.ModuleType("__main__")  # programs are __main__; dataclasses look it up
-        self.layers.confine(config["file_bytes"])
+        self.layers = Layers(config["isolation"], config["file_bytes"])
         os.dup2(1, 2)  # errors of the start were worth seeing; from here on /dev/null
         self.fresh = namespace_maker(config["modules"], config["full_builtins"])
         self.send(json.dumps(self.layers.active).encode())
@@ -288,13 +273,13 @@ class Server:
             view = view[os.write(self.channel, view) :]
 
     def run(self, program: str, calls: list[bytes], repeats: int, cpu_s: float, memory: int) -> bytes:
-        """Gate, fork, watch, kill: the reply to one job."""
+        """Gate, fork, watch, kill; the lines of the reply are CPU seconds, the child's, why the next one is missing."""
         lines, entry, most = len(calls) * repeats, self.config["entry"], self.config["max_output_chars"]
         try:
             signal.setitimer(signal.ITIMER_PROF, self.config["compile_cpu_s"])  # ends this process: nested finally
             code = gate(program, self.allowed)  # can take minutes to compile
         except Refused as refusal:
-            return HEAD.pack(0.0) + f"{refusal.verdict}\t{refusal.error}\n".encode() * lines
+            return b"0\n" + f"{refusal.verdict}\t{refusal.error}\n".encode() * lines
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
         reader, writer = os.pipe()
@@ -318,20 +303,17 @@ class Server:
                 with suppress(ProcessLookupError, PermissionError):
                     kill(pid, signal.SIGKILL)
             _, status, usage = os.wait4(pid, 0)
-        killer = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0  # facts that it cannot fake in its favour
-        if killer == signal.SIGSYS:
-            cause = b"unsafe\tsystem_call"
-        elif killer == signal.SIGXCPU:
-            cause = b"timeout"
+        facts = {-signal.SIGSYS: b"unsafe\tsystem_call", -signal.SIGXCPU: b"timeout"}  # not to be faked in its favour
+        cause = facts.get(os.waitstatus_to_exitcode(status), cause)
         end = out.rfind(b"\n") + 1  # what follows is unfinished
-        return HEAD.pack(usage.ru_utime + usage.ru_stime) + out[:end] + cause
+        return b"%f\n" % (usage.ru_utime + usage.ru_stime) + out[:end] + cause
 
     def watch(self, pid: int, reader: int, lines: int, cpu_s: float) -> tuple[bytes, bytes]:
         """Collect what the child writes until it is done, too slow or too talkative. EOFError: the trainer is gone.
 
         `cpu_s` is for each line, by the child's own CPU clock, so that a busy machine turns no honest program into a
-        timeout. Sleepers are ended by the wall: when that clock stands still. A share of the wall time would not do:
-        on a busy machine a program may well wait for its first millisecond.
+        timeout. Sleepers are ended by the wall, when that clock stands still (a busy machine may well let a program
+        wait for its first millisecond, so a share of the wall time would not do).
         """
         still_s = max(self.config["still_s"], 5 * cpu_s)
         wall_s = self.config["wall_s"] + 100 * cpu_s
@@ -353,10 +335,10 @@ class Server:
                 if not data or seen >= lines:
                     return b"runtime_error\tdied", out
                 if b"\n" in data:
-                    since, spent = now, cpu or spent
-            if cpu is not None and cpu - clock > 0.001:
+                    since, spent = now, max(cpu, spent)
+            if cpu - clock > 0.001:
                 clock, moved = cpu, now
-            if (cpu is not None and cpu - spent > cpu_s) or now - moved > still_s or now - since > wall_s:
+            if cpu - spent > cpu_s or now - moved > still_s or now - since > wall_s:
                 return b"timeout", out
         return b"output_too_large", out
 

@@ -15,12 +15,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
 
-from sandbox.child import FRAME, HEAD, receive
+from sandbox.child import FRAME, receive
 
 # The repository goes to the end of the path: none of its files may shadow a standard module.
 BOOT = "import sys; sys.path.append(sys.argv.pop(1)); import sandbox.child; sandbox.child.main()"
@@ -30,15 +30,15 @@ class Lane:
     """A fork server and the socket to it. `starts`: how often it was started; `deaths`: how often in a row it died."""
 
     def __init__(self, seed: int, config: dict) -> None:
-        self.seed, self.config, self.starts, self.deaths, self.busy = seed, config, 0, 0, False
+        self.seed, self.config, self.starts, self.deaths = seed, config, 0, 0
         self.start()
 
     def start(self) -> None:
         self.socket, theirs = socket.socketpair()
         self.layers, self.starts = {}, self.starts + 1
-        environment = {"PYTHONHASHSEED": str(self.seed)}  # empty otherwise; -I and -E would ignore the seed
-        if "LD_LIBRARY_PATH" in os.environ:  # some interpreters find their own library by it
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        # Empty otherwise; -I and -E would ignore the seed. Some interpreters find their own library by the path.
+        environment = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
+        environment["PYTHONHASHSEED"] = str(self.seed)
         here, fd, null = Path(__file__).resolve().parent.parent, theirs.fileno(), subprocess.DEVNULL
         python = [sys.executable, "-sSPB", "-Xutf8", "-Wignore", "-c", BOOT]
         command = [*python, str(here), str(fd), json.dumps(self.config)]
@@ -49,31 +49,19 @@ class Lane:
 
     def ready(self) -> dict:
         """Wait until a server is there and confined; returns the layers that hold. EOFError, OSError: it ended."""
-        if self.process is None:
+        if self.process.poll() is not None:
+            self.close()
             self.start()
         if not self.layers:
             self.socket.settimeout(self.config["hang_s"])
             self.layers = json.loads(receive(self.socket.recv))
         return self.layers
 
-    def ask(self, job: bytes, patience: float) -> bytes | int:
-        """The server's reply to a job, or its exit status if it died or had to be killed; it is started at next use."""
-        try:
-            self.ready()
-            self.socket.settimeout(patience)
-            self.socket.sendall(FRAME.pack(len(job)) + job)
-            return receive(self.socket.recv)
-        except (EOFError, OSError):
-            return self.close()
-
     def close(self) -> int:
         """End the server (and, by its parent-death signal, its child); returns its exit status."""
-        process, self.process = self.process, None
-        if process is None:
-            return 0
         self.socket.close()
-        process.kill()
-        return process.wait()
+        self.process.kill()
+        return self.process.wait()
 
 
 class Pool:
@@ -87,67 +75,62 @@ class Pool:
             self.free[lane.seed].put(lane)
 
     def ask(self, seed: int, program: str, calls: list[bytes], repeats: int, cpu_s: float, memory: int) -> tuple:
-        """Have one child of a server with this seed run a program and call it: (lines, cause, CPU seconds).
+        """Have one child of a server with this seed run a program and call it: (claims of each call, CPU seconds).
 
-        There is a line `verdict TAB text` for each repeat of each call; the cause is a line that says why the next one
-        is missing. A server that dies (or hangs and is killed) is started again and the job tried once more: the
-        program may be the reason. RuntimeError: it keeps dying, and that must not pass for a wrong program.
+        A claim is a line `verdict TAB text` for each repeat of the call. The last call may have killed the child: then
+        its only claim is the cause. A server that dies (or hangs and is killed) is started again and the job tried once
+        more: the program may be the reason. RuntimeError: it keeps dying, and that must not pass for a wrong program.
         """
-        job, lines, attempts = marshal.dumps((program, calls, repeats, cpu_s, memory)), len(calls) * repeats, 0
+        job, attempts = marshal.dumps((program, calls, repeats, cpu_s, memory)), 0
+        patience = self.config["hang_s"] + len(calls) * repeats * (self.config["wall_s"] + 100 * cpu_s)
         lane = self.free[seed].get()
-        lane.busy = True
         try:
             while not self.stopping and lane.deaths < self.config["deaths"]:
-                reply = lane.ask(job, self.config["hang_s"] + lines * (self.config["wall_s"] + 100 * cpu_s))
-                if isinstance(reply, bytes):
+                try:
+                    lane.ready()
+                    lane.socket.settimeout(patience)
+                    lane.socket.sendall(FRAME.pack(len(job)) + job)
+                    spent, *claims, cause = receive(lane.socket.recv).decode("utf-8", "replace").split("\n")
                     lane.deaths = 0
-                    *claims, cause = reply[HEAD.size :].decode("utf-8", "replace").split("\n")
-                    return claims, cause, *HEAD.unpack_from(reply)
-                if reply == -signal.SIGPROF:
-                    return ["timeout\tcompile"] * lines, "", 0.0
+                    whole = [claims[i : i + repeats] for i in range(0, len(claims) - repeats + 1, repeats)]
+                    return [*whole, [cause]][: len(calls)], float(spent)
+                except (EOFError, OSError, ValueError):  # it ended, hangs, or sent what is no reply
+                    status = lane.close()
+                if status == -signal.SIGPROF:
+                    return [["timeout\tcompile"]] * len(calls), 0.0
                 lane.deaths += 1
-                attempts += bool(
-                    reply and lane.layers
-                )  # neither one that had grown and retired, nor one that never was
+                attempts += lane.layers != {} and status != 0  # else it never was, or had grown and retired
                 if attempts == 2:
-                    return ["runtime_error\tserver_died"] * lines, "", 0.0
+                    return [["runtime_error\tserver_died"]] * len(calls), 0.0
             raise RuntimeError("the executor's servers keep dying: run `python executor.py --doctor`")
         finally:
-            lane.busy = False
             self.free[seed].put(lane)
 
-    def each(self, function: Callable, items: Sequence, done: Callable) -> None:
-        """done(function(item)) for each item: `function` in as many threads as there are lanes, `done` in the caller's.
-        Any exception, Ctrl-C too, ends the servers that are busy."""
-        left, finished, self.stopping = iter(items), SimpleQueue(), False
+    def each(self, function: Callable, items: Sequence) -> Iterator:
+        """function(item) of each item, as they get ready, in as many threads as there are lanes. Any exception, Ctrl-C
+        too, ends the servers; they start again at their next use. To be closed: the caller may raise one as well."""
+        left, finished, futures, self.stopping = iter(items), SimpleQueue(), [], False
 
         def work() -> None:
             for item in left:  # one iterator for all threads
-                outcome: object = RuntimeError("a thread of the executor failed as shown above")
-                try:
-                    outcome = function(item)
-                except RuntimeError as error:
-                    outcome = error
-                finally:
-                    finished.put(outcome)
+                finished.put(function(item))
 
-        threads = [Thread(target=work, daemon=True) for _ in self.lanes[: len(items)]]
-        try:
-            for thread in threads:
-                thread.start()
-            for _ in items:
-                outcome = finished.get()
-                if isinstance(outcome, RuntimeError):
-                    raise outcome
-                done(outcome)
-        finally:
-            self.stopping = True
-            for thread in threads:
-                while thread.is_alive():
+        with ThreadPoolExecutor(len(self.lanes)) as threads:
+            try:
+                for _ in self.lanes[: len(items)]:
+                    futures.append(threads.submit(work))
+                    futures[-1].add_done_callback(finished.put)
+                for _ in [*items, *futures]:
+                    done = finished.get()
+                    if isinstance(done, Future):
+                        done.result()  # a thread has nothing left, or raises here what it has raised
+                    else:
+                        yield done
+            finally:
+                self.stopping = True
+                while wait(futures, 0.01).not_done:
                     for lane in self.lanes:
-                        if lane.busy and (process := lane.process) is not None:
-                            process.kill()
-                    thread.join(0.01)
+                        lane.process.kill()
 
     def close(self) -> None:
         for lane in self.lanes:

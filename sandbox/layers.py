@@ -1,6 +1,6 @@
 """The kernel's layers: what Linux enforces on a program, whatever the program manages to do.
 
-`child.py` calls `confine` in the fork server (inherited: no cost per job) and `enter_child` in every child. Nothing
+`child.py` makes `Layers` in the fork server (inherited: no cost per job), `enter_child` is for every child. Nothing
 needs root, a library or a privilege: each layer is tried and `Layers.active` says which ones hold. By their worth:
 
     seccomp        a child may compute, write its pipe and end; anything else kills it. This is the boundary.
@@ -54,24 +54,18 @@ def seccomp_filter(audit: int, column: int) -> bytes:
 
 
 class Layers:
-    """The kernel's part. `confine` is for the server, once; `enter_child` for every child; `active` says what holds."""
+    """Made in the server, which it confines; `enter_child` is for every child; `active` says what holds."""
 
-    def __init__(self, isolation: str) -> None:
-        self.base, self.filter, clock = 0, None, cpu_clock(os.getpid()) is not None
-        self.active: dict = {"platform": sys.platform, "rlimits": True, "cpu_clock": clock}
+    def __init__(self, isolation: str, file_bytes: int) -> None:
+        """Namespaces, another uid, no capabilities, no_new_privs, Landlock; then seccomp, after a trial in a child."""
+        self.base, self.filter = 0, b""
+        self.active: dict = {"platform": sys.platform, "rlimits": True, "cpu_clock": cpu_clock(os.getpid()) > 0}
         self.active |= dict.fromkeys(("seccomp", "landlock", "namespaces", "empty_root", "uid_dropped"), False)
-        self.libc = ctypes.CDLL(None) if sys.platform == "linux" and isolation != "minimal" else None
         with suppress(OSError), open("/proc/self/statm") as statm:
             self.base = int(statm.read().split()[0]) * resource.getpagesize()
-
-    def call(self, name: str, *args) -> int:
-        """A libc function by name; integers are passed as longs (variadic prctl and syscall read whole registers)."""
-        return getattr(self.libc, name)(*[ctypes.c_long(a) if isinstance(a, int) else a for a in args])
-
-    def confine(self, file_bytes: int) -> None:
-        """Namespaces, another uid, no capabilities, no_new_privs, Landlock; then try seccomp in a throw-away child."""
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+        self.libc = ctypes.CDLL(None) if sys.platform == "linux" and isolation != "minimal" else None
         if self.libc is None:
             return
         self.unshare()
@@ -79,7 +73,6 @@ class Layers:
             uid = 61_000 + os.getpid() % 4_000  # nobody's: RLIMIT_NPROC and file permissions mean nothing to root
             with suppress(OSError):
                 os.setgroups([])
-            with suppress(OSError):
                 os.setresgid(uid, uid, uid)
                 os.setresuid(uid, uid, uid)
                 self.active["uid_dropped"] = True
@@ -91,7 +84,11 @@ class Layers:
             self.text = ctypes.create_string_buffer(program, len(program))
             self.filter = struct.pack("HP", len(program) // 8, ctypes.addressof(self.text))
             self.active["seccomp"] = self.probe()
-            self.filter = self.filter if self.active["seccomp"] else None
+            self.filter = self.filter if self.active["seccomp"] else b""
+
+    def call(self, name: str, *args) -> int:
+        """A libc function by name; integers are passed as longs (variadic prctl and syscall read whole registers)."""
+        return getattr(self.libc, name)(*[ctypes.c_long(a) if isinstance(a, int) else a for a in args])
 
     def unshare(self) -> None:
         uid, gid = os.getuid(), os.getgid()
@@ -113,25 +110,23 @@ class Layers:
     def landlock(self) -> None:
         """Handle every right this kernel knows and grant none: no file, no TCP, no signal or socket to the outside."""
         abi = self.call("syscall", 444, None, 0, 1)
-        rights = (1 << (13 if abi == 1 else 14 if abi == 2 else 15 if abi < 5 else 16)) - 1
-        ruleset = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
-        handle = self.call("syscall", 444, ruleset, 8 if abi < 4 else 16 if abi < 6 else 24, 0) if abi > 0 else -1
+        rights = (1 << (0, 13, 14, 15, 15, 16)[max(0, min(abi, 5))]) - 1
+        ruleset = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)  # any kernel takes zeros
+        handle = self.call("syscall", 444, ruleset, len(ruleset), 0)
         if handle >= 0:
             self.active["landlock"] = abi if self.call("syscall", 446, handle, 0) == 0 else 0
             os.close(handle)
 
     def probe(self) -> bool:
-        """True if a child under the filter dies of SIGSYS when it forks: the layer is tried, not believed."""
+        """True if a confined child dies of SIGSYS when it forks: the layer is tried, not believed."""
         pid = os.fork()
         if pid == 0:
-            self.enter_seccomp()
-            os.fork()
-            os._exit(0)
+            try:
+                self.enter_child(1.0, 1 << 28, 0)
+                os.fork()
+            finally:
+                os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGSYS
-
-    def enter_seccomp(self) -> None:
-        if self.call("prctl", PR_SET_SECCOMP, 2, self.filter, 0, 0) != 0:
-            os._exit(1)  # the probe said it works: better no claim at all than an unconfined program
 
     def enter_child(self, cpu_s: float, memory: int, processes: int) -> None:
         os.setsid()  # a group of its own, so that whatever it may start dies with it
@@ -142,13 +137,13 @@ class Layers:
             resource.setrlimit(resource.RLIMIT_AS, (self.base + memory, self.base + memory))
         if self.libc is not None:
             self.call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if self.filter is not None:
-            self.enter_seccomp()
+        if self.filter and self.call("prctl", PR_SET_SECCOMP, 2, self.filter, 0, 0) != 0:
+            os._exit(1)  # the probe said it works: better no claim at all than an unconfined program
 
 
-def cpu_clock(pid: int) -> float | None:
-    """CPU seconds of another process (clock_getcpuclockid(3)); None where there is no such clock."""
+def cpu_clock(pid: int) -> float:
+    """CPU seconds of another process (clock_getcpuclockid(3)); 0 where there is no such clock."""
     try:
         return time.clock_gettime((~pid << 3) | 2)
     except OSError:
-        return None
+        return 0.0

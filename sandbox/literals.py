@@ -14,13 +14,11 @@ import warnings
 from _thread import allocate_lock  # the module threading would be loaded into every server
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
-from math import isfinite
+from math import isfinite, isnan
 
 OUTPUT_DEPTH, LITERAL_DEPTH = 40, 50  # levels of nesting: of what a program returns, of what is read
 INT_BITS = 14_000  # repr() of an int refuses more than 4,300 digits
-
-
-WORDS = {"nan": float("nan"), "inf": float("inf")}
+NAN = float("nan")  # the only one that is read: Python's == takes an object for equal to itself, also in containers
 CONTAINERS = {"set": set, "frozenset": frozenset, "list": list, "tuple": tuple, "dict": dict}
 NUMPY = {"int": int, "uint": int, "float": float, "bool": bool, "str": str}  # np.int64(3), as numpy prints it
 warnings.filterwarnings("ignore", module="<literal>")  # "invalid escape sequence" in an answer is nobody's concern
@@ -53,24 +51,22 @@ def serialise(value: object, limit: int, order_free: bool = False, max_depth: in
     """
     left = limit
 
-    def spend(text: str) -> str:
-        nonlocal left
-        left -= len(text)
-        if left < 0:
-            raise Refused("output_too_large")
-        return text
-
     def walk(value: object, depth: int) -> str:
+        nonlocal left
         kind = type(value)
         is_text = kind is str or kind is bytes
         if (kind is int and int.bit_length(value) > INT_BITS) or (is_text and len(value) > left):
             raise Refused("output_too_large")
         finite = kind is complex and isfinite(value.real) and isfinite(value.imag)
-        if value is None or is_text or finite or kind is int or kind is bool or kind is float:
-            return spend(repr(value))
+        is_plain = value is None or is_text or finite or kind is int or kind is bool or kind is float
+        text = repr(value) if is_plain else "[]"
+        left -= len(text)
+        if left < 0:
+            raise Refused("output_too_large")
+        if is_plain:
+            return text
         if depth >= max_depth:
             raise Refused("unserialisable")
-        spend("[]")
         if kind is list:
             return "[" + ", ".join([walk(item, depth + 1) for item in list.__iter__(value)]) + "]"
         if kind is tuple or is_namedtuple(kind):
@@ -130,8 +126,7 @@ def build_arguments(call: ast.expr) -> tuple[tuple, dict]:
 
 
 def build(node: ast.expr, depth: int = 1) -> object:
-    """The value of a syntax tree if it is plain data; everything else raises BadLiteral (or, where an element cannot be
-    hashed, TypeError)."""
+    """The value of a syntax tree of plain data. Raises BadLiteral for others, TypeError if an element has no hash."""
     if depth > LITERAL_DEPTH:
         raise BadLiteral(f"the literal is nested deeper than {LITERAL_DEPTH} levels")
     match node:
@@ -147,16 +142,14 @@ def build(node: ast.expr, depth: int = 1) -> object:
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
             number = build(operand, depth + 1)
             if type(number) in (int, float, complex):
-                return -number if isinstance(sign, ast.USub) else number
+                return -number if isinstance(sign, ast.USub) and number is not NAN else number
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as sign, right=ast.Constant(value=complex() as imaginary)):
             real = build(left, depth + 1)
             if type(real) in (int, float):
                 return real - imaginary if isinstance(sign, ast.Sub) else real + imaginary
-        case ast.Name(id="nan" | "inf" as name):
-            return WORDS[name]
-        case ast.Call(func=ast.Name(id="float"), args=[ast.Constant(value=str() as word)], keywords=[]):
+        case ast.Name("nan" | "inf" as word) | ast.Call(ast.Name("float"), [ast.Constant(str() as word)], []):
             if word.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
-                return float(word)
+                return NAN if isnan(float(word)) else float(word)
         case ast.Attribute(ast.Name("np" | "numpy"), "True_" | "False_" as name):
             return name == "True_"
         case ast.Call(ast.Attribute(ast.Name("np" | "numpy"), name), [argument], []):

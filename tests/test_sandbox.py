@@ -439,6 +439,10 @@ def test_deduction_compares_values():
             ("set()", "{}", False),
             ("[nan, 1]", "[float('nan'), 1.0]", True),
             ("nan", "0", False),
+            ("{nan: 1, 2: -nan}", "{2.0: float('NaN'), nan: True}", True),
+            ("{nan}", "frozenset({-nan})", True),
+            ("{1}", "{nan+1j}", False),  # no two of these are equal, and none ends the trainer
+            ("{nan+1j}", "{nan+1j}", False),
             ("-0.0", "0", True),
             ("100000000000000000000", "1e20", True),
             ("'a'", "b'a'", False),
@@ -661,6 +665,10 @@ def gone(pids: list[int]) -> bool:
     return False
 
 
+def restarts(executor: Executor) -> int:
+    return sum(lane.starts - 1 for lane in executor.lanes)
+
+
 @LINUX
 def test_a_killed_server_is_replaced_and_the_batch_completes():
     with Executor(2, **LIMITS) as executor:
@@ -674,16 +682,16 @@ def test_a_killed_server_is_replaced_and_the_batch_completes():
             [(body("x * 2"), [str(x)]) for x in range(60)] + [(body("x"), ["0"])], progress=kill
         )
         assert [r.output for [r] in results[:60]] == [str(2 * x) for x in range(60)]
-        assert executor.restarts == 2 and not victims
+        assert restarts(executor) == 2 and not victims
         check_honest(executor)
 
 
 @LINUX
 def test_a_server_that_hangs_is_replaced():
-    with Executor(2, cpu_s=0.01, wall_s=0.1, hang_s=0.5) as executor:
+    with Executor(2, cpu_s=0.01, wall_s=0.1, hang_s=3.0) as executor:
         os.kill(executor.lanes[0].process.pid, signal.SIGSTOP)
         assert executor.run([(body("x"), ["5"])])[0][0].output == "5"
-        assert executor.restarts == 1
+        assert restarts(executor) == 1
 
 
 @LINUX
@@ -742,7 +750,7 @@ def test_a_thousand_mixed_jobs_leave_nothing_behind():
         second = executor.run(jobs)
         kinds = [[{"memory": "timeout"}.get(r.verdict, r.verdict) for [r] in batch] for batch in (first, second)]
         assert kinds[0] == kinds[1]
-        assert [lane.process.pid for lane in executor.lanes] == servers and executor.restarts == 0
+        assert [lane.process.pid for lane in executor.lanes] == servers and restarts(executor) == 0
         assert not any(descendants(server) for server in servers)  # no child is left
         assert len(os.listdir("/proc/self/fd")) == descriptors
         assert not {f for f in set(os.listdir(tempfile.gettempdir())) - files if f.startswith("azr_executor")}
