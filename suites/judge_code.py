@@ -170,9 +170,9 @@ def evalplus_job(row: dict, code: str, inputs: list[Sequence]) -> tuple[str, str
     All calls share one process, as in EvalPlus: a solution that keeps state between calls is judged so.
     """
     name, value = row["entry_point"], "out"
-    if row["task_id"].startswith("Mbpp/") and name in SET_TASKS:
+    if name in SET_TASKS:
         value = "list(out)"
-    elif row["task_id"].startswith("Mbpp/") and name in NOT_NONE_TASKS:
+    elif name in NOT_NONE_TASKS:
         value = "out if type(out) is bool else out is not None"
     return HARNESS + EVALPLUS_ENTRY.format(source=code, name=name, value=value), repr(inputs)
 
@@ -249,18 +249,17 @@ def same_outputs(row: dict, inputs: list[Sequence], gold: str, claim: str) -> bo
 
 def same_output(row: dict, args: Sequence, want, out, atol: float, near: bool) -> bool:
     """Equal, right by the task's oracle, or, where values may be `near`, within the tolerance."""
-    name, mbpp = row["entry_point"], row["task_id"].startswith("Mbpp/")
-    if name == "find_zero" and not mbpp:
+    name = row["entry_point"]
+    if name == "find_zero":
         return abs(sum(c * out**i for i, c in enumerate(args[0]))) <= atol
-    right = want == out
-    if mbpp and not right:
-        right = (
-            (name in SET_TASKS and set(want) == set(out))
-            or name == "are_equivalent"
-            or (name == "sum_div" and out == 0)
-            or (name == "surface_Area" and abs(out - pyramid_surface(*args)) <= atol)
-            or (name == "digit_distance_nums" and out == digit_distance(*args))
-        )
+    right = (
+        want == out
+        or (name in SET_TASKS and set(want) == set(out))
+        or name == "are_equivalent"
+        or (name == "sum_div" and out == 0)
+        or (name == "surface_Area" and abs(out - pyramid_surface(*args)) <= atol)
+        or (name == "digit_distance_nums" and out == digit_distance(*args))
+    )
     if right or not near or isinstance(want, list | tuple) and len(want) != len(out):
         return right
     return np.allclose(out, want, rtol=RTOL, atol=atol)
