@@ -178,16 +178,17 @@ def test_evil_solutions_cost_only_themselves(sandbox, tmp_path):
 
 
 def test_endless_loop_fails_alone(sandbox, monkeypatch):
-    monkeypatch.setattr(judge_code, "MIN_LIMIT_S", 1.0)
+    monkeypatch.setattr(judge_code, "GROUP_LIMIT_S", 1.0)
     assert score("def total(xs):\n    while True: pass\n", GOOD, sandbox=sandbox) == [0.0, 1.0]
 
 
-def test_slow_but_honest_solution_has_the_limit_per_sixth(sandbox, monkeypatch):
-    monkeypatch.setattr(judge_code, "MIN_LIMIT_S", 0.5)
+def test_slow_but_honest_solution_has_the_limit_for_all_inputs_together(sandbox, monkeypatch):
     row = TASK | {"base_input": [[[i]] for i in range(6)], "plus_input": []}
     wait = "    end = time.process_time() + 0.2\n    while time.process_time() < end: pass\n"
     slow = f"import time\ndef total(xs):\n{wait}    return sum(xs)\n"
-    assert score(slow, row=row, sandbox=sandbox) == [1.0]
+    for limit, passes in ((3.0, 1.0), (0.5, 0.0)):
+        monkeypatch.setattr(judge_code, "GROUP_LIMIT_S", limit)
+        assert score(slow, row=row, sandbox=sandbox) == [passes]
 
 
 # Responses and the verdicts that EvalPlus 0.3.1 gave their `sanitize`d code (`untrusted_check`); GOOD is `total`.
