@@ -25,6 +25,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from policy import dialogue
@@ -65,10 +66,9 @@ def fingerprint(model: str) -> str | None:
     """A digest of the ends of a folder's weight files, which change with any training; None for a hub name."""
     digest = hashlib.sha256()
     for path in sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]):
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
+        weights = np.memmap(path, mode="r")
+        digest.update(weights[: 1 << 20])
+        digest.update(weights[-1 << 20 :])
     return digest.hexdigest()[:16] if Path(model).is_dir() else None
 
 
@@ -83,25 +83,22 @@ def generate(engine, tokenizer, suite: Suite, items: list[Item], header: dict, p
     if path and not done:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    asked = {item.id: dialogue.encode(prompt, tokenizer) for item, prompt in zip(items, prompts, strict=True)}
     samples, stop, size = header["samples"], list(suite.stop), 256 if engine.device == "cuda" else 64
     sampling = {"temperature": header["temperature"], "top_p": header["top_p"], "max_new_tokens": header["max_tokens"]}
     for start in range(0, len(items), size):
-        chunk = [i for i in range(start, min(start + size, len(items))) if len(done.get(items[i].id, ())) < samples]
-        encoded = {i: dialogue.encode(prompts[i], tokenizer) for i in chunk}
-        fits = [i for i in chunk if len(encoded[i]) < engine.max_model_len]
-        wanted = [encoded[i] for i in fits]
+        chunk = [item.id for item in items[start : start + size] if len(done.get(item.id, ())) < samples]
+        fits = [id for id in chunk if len(asked[id]) < engine.max_model_len]
+        wanted = [asked[id] for id in fits]
         found = engine.generate(wanted, n=samples, seed=header["seed"] + start, stop=stop, **sampling)
-        done |= {items[i].id: [{"response": "", "tokens": 0, "truncated": True}] * samples for i in chunk}
-        for i, completions in zip(fits, found, strict=True):
-            done[items[i].id] = []
-            for one in completions:
-                text = dialogue.response_text(one.token_ids, tokenizer, engine.eos, stop)
-                row = {"response": text, "tokens": len(one.token_ids), "truncated": not one.stopped}
-                done[items[i].id].append(row)
+        done |= dict.fromkeys(chunk, [{"response": "", "tokens": 0, "truncated": True}] * samples)
+        for id, completions in zip(fits, found, strict=True):
+            texts = [dialogue.response_text(one.token_ids, tokenizer, engine.eos, stop) for one in completions]
+            done[id] = [{"response": text, "tokens": len(one.token_ids), "truncated": not one.stopped}
+                        for text, one in zip(texts, completions, strict=True)]  # fmt: skip
         if path:
-            lines = [json.dumps({"id": items[i].id, **row}) + "\n" for i in chunk for row in done[items[i].id]]
             with path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+                file.writelines(json.dumps({"id": id, **row}) + "\n" for id in chunk for row in done[id])
         bar.update(len(chunk))
     return done
 
