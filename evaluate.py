@@ -20,10 +20,10 @@ import hashlib
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from statistics import fmean as mean
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from policy import dialogue
 from policy.dialogue import TAGS, Tags, read_tags, split_response
 from prompts import KINDS, Kind, load_kinds
-from suites.compare import compare, mean, pass_at_k, standard_error, summary
+from suites.compare import compare, pass_at_k, standard_error, summary
 from suites.judge_math import require_math_verify
 from suites.table import GROUPS, SUITES, EvalPlus, Item, Suite, expand, load_items, read_samples
 
@@ -127,10 +127,9 @@ def run_suites(
     seed: int = 0,
     model: str | None = None,
     progress: bool = False,
-    keep: Callable[[dict], None] = lambda records: None,
 ) -> dict[str, dict]:
-    """Generate and score suites; returns a record per spec as it was given (see `make_record`), and gives all so far to
-    `keep` after each, so that nothing that was scored is lost.
+    """Generate and score suites; returns a record per spec as it was given (see `make_record`). With `out_dir` all that
+    docs/evaluation.md lists is written there, suite by suite, so that nothing that was scored is lost.
 
     `engine` None scores the responses that `out_dir` already has. `executor` is the judge of the reasoning suites (one
     is made where None); benchmark code always runs in an executor of its own limits. `kinds` are the task types of
@@ -169,7 +168,8 @@ def run_suites(
             with Path(out_dir, f"{name}.samples.jsonl").open("w", encoding="utf-8") as file:
                 for (item, _), answer in zip(rows, answers, strict=True):
                     file.write(json.dumps({"task_id": item.id, "solution": answer or ""}) + "\n")
-        keep(records)
+        if out_dir:
+            write_results(Path(out_dir, "results.json"), records)
     return records
 
 
@@ -352,22 +352,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, path in args.files.items():
         if name not in SUITES or path == Path() or not path.exists():
             raise ValueError(f"--file {name}={path}: give SUITE=PATH, a suite of {', '.join(SUITES)} and its data.")
-    if args.baseline and args.baseline.is_dir():
-        args.baseline = args.baseline / "results.json"
-    if args.baseline and not args.baseline.is_file():
-        raise ValueError(f"There is no baseline {args.baseline}: give a results.json of an earlier evaluation.")
     return args
 
 
 def read_results(path: Path) -> dict[str, dict]:
-    """Records by suite, as `main` writes them. Raises ValueError where the file holds something else."""
+    """Records by suite, as `write_results` left them in a file or its folder. Raises ValueError for anything else."""
+    path = path / "results.json" if path.is_dir() else path
     try:
         records = dict(json.loads(path.read_text(encoding="utf-8")))
         for record in records.values():
             sum(record["scores"].values())
         return records
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no results.json of an evaluation ({error!r}): move or restore it.") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no results.json of an evaluation ({error!r}): give another, move or restore it."
+        ) from None
 
 
 def write_results(path: Path, records: dict[str, dict]) -> None:
@@ -385,11 +384,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if target.is_file():
             read_results(target)
         args.out.mkdir(parents=True, exist_ok=True)
-        keep = partial(write_results, target)
         if args.samples_file:
             [(_, name, _)] = expand(args.specs)
             records = {name: score_samples(name, args.samples_file, args.data, args.files, args.kinds, args.tags)}
-            keep(records)
+            write_results(target, records)
         else:
             check_data(args.specs, args.data, args.files, args.kinds)
             engine, tokenizer = (None, None) if args.score_only else open_engine(args)
@@ -397,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.specs, engine, tokenizer, data_dir=args.data, kinds=args.kinds, out_dir=args.out, files=args.files,
                 limit=args.limit, template=args.template, tags=args.tags, samples=args.samples,
                 temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed,
-                model=args.model, progress=True, keep=keep,
+                model=args.model, progress=True,
             )  # fmt: skip
         print("\n".join(summary(records)))
         if before:
