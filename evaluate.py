@@ -154,20 +154,19 @@ def run_suites(
             longest = min(suite.max_tokens, max_tokens or suite.max_tokens)
             header |= {"model": model, "template": suite.template(template, tokenizer), "max_tokens": longest,
                        "tags": ",".join(tags), "samples": samples, "temperature": temperature, "top_p": top_p,
-                       "seed": seed}  # fmt: skip
-            if model:
-                header |= {"weights": fingerprint(model), "engine": engine.name, "dtype": engine.dtype,
-                           "max_model_len": engine.max_model_len}  # fmt: skip
+                       "seed": seed, "weights": model and fingerprint(model), "engine": engine.name,
+                       "dtype": engine.dtype, "max_model_len": engine.max_model_len}  # fmt: skip
             with tqdm(total=len(items), desc=f"{name} generate", disable=not progress) as bar:
                 done = generate(engine, tokenizer, suite, items, header, path, bar)
-        rows = [(item, row) for item in items for row in done[item.id][: header["samples"]]]
-        raw = header["template"] == "raw"  # EvalPlus without a chat template: the response completes the prompt
-        answers = [suite.extract(item, (item.gold["prompt"] if raw else "") + row["response"]) for item, row in rows]
-        records[spec] = make_record(suite, name, rows, answers, header, executor, progress)
+        rows = []
+        for item in items:
+            begun = item.gold["prompt"] if header["template"] == "raw" else ""  # EvalPlus without a chat template
+            for row in done[item.id][: header["samples"]]:
+                rows.append((item, row, suite.extract(item, begun + row["response"])))
+        records[spec] = make_record(suite, name, rows, header, executor, progress)
         if out_dir and isinstance(suite, EvalPlus):  # what `evalplus.evaluate --samples FILE` reads
-            with Path(out_dir, f"{name}.samples.jsonl").open("w", encoding="utf-8") as file:
-                for (item, _), answer in zip(rows, answers, strict=True):
-                    file.write(json.dumps({"task_id": item.id, "solution": answer or ""}) + "\n")
+            lines = [json.dumps({"task_id": item.id, "solution": answer or ""}) + "\n" for item, _, answer in rows]
+            Path(out_dir, f"{name}.samples.jsonl").write_text("".join(lines), encoding="utf-8")
         if out_dir:
             write_results(Path(out_dir, "results.json"), records)
     return records
@@ -178,28 +177,27 @@ def score_samples(name: str, path: Path, data_dir: Path, files: Mapping, kinds: 
     average, and their number is printed and recorded."""
     suite, items, about = load_items(name, data_dir, files, kinds)
     suite = replace(suite, tags=tags)
-    samples = read_samples(path, name, suite, items)
-    rows = [(item, {"response": text, "truncated": False, "tokens": 0}) for item, text, _ in samples]
-    counts = Counter(item.id for item, _, _ in samples)
+    rows = read_samples(path, name, suite, items)
+    counts = Counter(item.id for item, _, _ in rows)
     fewest, most = min(counts.values()), max(counts.values())
     if missing := len(items) - len(counts):
         print(f"note: {path} has {len(counts)} of the {len(items)} tasks of {name}; the other {missing} do not count")
     if fewest < most:
         print(f"note: {path} has {fewest} to {most} samples of a task: each task counts alike, pass@k ends at {fewest}")
     header = {"samples": fewest, "template": f"samples of {path.name}", "missing": missing}
-    return make_record(suite, name, rows, [answer for _, _, answer in samples], header | about, None, True)
+    return make_record(suite, name, rows, header | about, None, True)
 
 
-def make_record(suite: Suite, name: str, rows, answers, header: dict, executor, progress: bool) -> dict:
-    """Score the answers to (item, response) rows. Returns what is known about a suite: accuracy (mean over items of the
+def make_record(suite: Suite, name: str, rows, header: dict, executor, progress: bool) -> dict:
+    """Score rows of (item, response, answer). Returns what is known about a suite: accuracy (mean over items of the
     mean over samples) with its standard error, pass@k, shares of truncated and answerless responses, settings, data
     digest, score per item. Reasoning suites also have accuracy per kind and depth, the share in the right format and
     the share that reasons before it answers."""
-    pairs = [(item.gold, answer) for (item, _), answer in zip(rows, answers, strict=True)]
+    pairs = [(item.gold, answer) for item, _, answer in rows]
     with tqdm(desc=f"{name} score", unit="job", disable=not progress) as bar:
         scores = suite.score(pairs, executor if suite.group == "reasoning" else None, bar.update)
     by_item, groups = defaultdict(list), defaultdict(list)
-    for (item, _), value in zip(rows, scores, strict=True):
+    for (item, _, _), value in zip(rows, scores, strict=True):
         by_item[item.id].append(value)
         if suite.group == "reasoning":
             task, depth = item.gold, f"depth{item.gold.depth}"
@@ -211,15 +209,15 @@ def make_record(suite: Suite, name: str, rows, answers, header: dict, executor, 
         "accuracy": mean(means.values()),
         "n": len(means),
         "se": standard_error(list(means.values())),
-        "truncated": mean(row["truncated"] for _, row in rows),
-        "no_answer": mean(answer is None or not answer.strip() for answer in answers),
-        "tokens": mean(row["tokens"] for _, row in rows),
+        "truncated": mean(row["truncated"] for _, row, _ in rows),
+        "no_answer": mean(answer is None or not answer.strip() for _, _, answer in rows),
+        "tokens": mean(row["tokens"] for _, row, _ in rows),
         **{key: value for key, value in header.items() if key != "prompts"},
     }
     ks = [k for k in (2, 4, 8, 16, 32, 64) if k <= min(map(len, by_item.values()))]
     record["pass_at"] = {str(k): mean(pass_at_k(len(v), int(sum(v)), k) for v in by_item.values()) for k in ks}
     if suite.group == "reasoning":
-        parts = [split_response(row["response"], tags=suite.tags) for _, row in rows]
+        parts = [split_response(row["response"], tags=suite.tags) for _, row, _ in rows]
         record["formatted"] = mean(part.formatted for part in parts)
         record["reasons_first"] = mean(bool(part.think) for part in parts)
         record["groups"] = {g: {"accuracy": mean(v), "n": len(v)} for g, v in sorted(groups.items())}
