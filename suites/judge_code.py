@@ -61,16 +61,22 @@ def plain(x):
             return kind(x)
     return str.__str__(x) if isinstance(x, str) else x
 
+def whole(x):
+    """A bool or float as the int that it equals, if any."""
+    return int(x) if type(x) is bool or type(x) is float and x.is_integer() else x
+
 def claim(x):
     """One line of text for a value: its repr, or for a large one `#` and a digest. `=`: was of another class."""
     mark = ""
     try:
-        data = marshal.dumps(x, 2)  # refuses, in C and at any depth, what is not a builtin value
+        size = len(marshal.dumps(x, 2))  # refuses, in C and at any depth, what is not a builtin value
     except ValueError:
         mark, x = "=", plain(x)
-        data = marshal.dumps(x, 2)
-    large = len(data) > 65536 or type(x) is int and x.bit_length() > 13000
-    return "#" + hashlib.sha256(data).hexdigest() if large else mark + repr(x)
+        size = len(marshal.dumps(x, 2))
+    if size <= 65536 and not (type(x) is int and x.bit_length() > 13000):
+        return mark + repr(x)
+    same = type(x)(map(whole, x)) if type(x) in (list, tuple) else x
+    return "#" + hashlib.sha256(marshal.dumps(same, 2)).hexdigest()
 '''
 
 

@@ -149,9 +149,8 @@ def test_large_outputs_compare_by_digest(sandbox):
     )
     codes = [f"def big(n):\n    {body}\n" for body in (ints, off, tuples)]
     assert score(*codes, row=row, sandbox=sandbox) == [1.0, 0.0, 0.0]
-    larger = row | {"base_input": [[50_000]]}  # a digest: of the very same value
-    codes = [f"def big(n):\n    return {value}\n" for value in ("[i + float(i) for i in range(n)]", "[0.0] * n")]
-    assert score(*codes, row=larger, sandbox=sandbox) == [1.0, 0.0]
+    larger = row | {"base_input": [[50_000]]}  # more than 64 KiB: digests
+    assert score(*codes, row=larger, sandbox=sandbox) == [1.0, 0.0, 0.0]
     number = row | {"canonical_solution": "    return 1 << n\n", "base_input": [[20_000]], "plus_input": []}
     codes = [f"def big(n):\n    return {value}\n" for value in ("2**n", "2**n + 1")]
     assert score(*codes, row=number, sandbox=sandbox) == [1.0, 0.0]
