@@ -11,6 +11,7 @@ Sources: EvalPlus's sanitiser (same verdicts, without tree-sitter), LiveCodeBenc
 import ast
 import itertools
 import re
+from contextlib import suppress
 
 from executor import BadLiteral, parse_arguments, parse_literal
 from policy.dialogue import TAGS, Tags, arguments, bare, fenced_blocks, split_response, visible
@@ -64,18 +65,12 @@ def longest_program(text: str) -> str:
     """The range of two or more lines that parses and has the most lines that are not blank; else the first line."""
     lines = text.split("\n")
     filled = [0, *itertools.accumulate(bool(line.strip()) for line in lines)]
-    best, most = [lines[0].strip()], 0
-    for start in range(len(lines)):
-        end = len(lines)
-        while end > start + 1 and filled[end] - filled[start] > most:
-            try:
-                ast.parse("\n".join(lines[start:end]))
-                best, most = lines[start:end], filled[end] - filled[start]
-            except SyntaxError as error:  # no range with the line of the error in it parses either
-                end = min(end - 1, start + (error.lineno or end) - 1)
-            except UNPARSABLE:
-                end -= 1
-    return "\n".join(best)
+    spans = [(a, b) for a, b in itertools.combinations(range(len(lines) + 1), 2) if b > a + 1 and filled[b] > filled[a]]
+    for start, end in sorted(spans, key=lambda span: filled[span[0]] - filled[span[1]]):
+        with suppress(*UNPARSABLE):
+            ast.parse("\n".join(lines[start:end]))
+            return "\n".join(lines[start:end])
+    return lines[0].strip()
 
 
 def identifiers(node: ast.AST) -> set[str]:

@@ -243,8 +243,7 @@ def pyramid_surface(base: float, height: float) -> int:
 
 
 def digit_distance(a: int, b: int) -> int:
-    width = max(len(str(a)), len(str(b)))
-    return sum(abs(int(x) - int(y)) for x, y in zip(str(a).zfill(width), str(b).zfill(width), strict=True))
+    return sum(abs(int(x) - int(y)) for x, y in zip(f"{a:0>999}", f"{b:0>999}", strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -53,10 +53,8 @@ def math_equal(prediction: str, gold: str, normalise: bool = True, call: str = "
 
     frame = "\\boxed{%s}" if call == "boxed" else "%s"
     texts = (prediction, gold)
-    asked = [[normalise_math(text, rules) for text in texts] for rules in (MISREAD, (*UNREAD, *MISREAD))]
-    for n, (answer, wanted) in enumerate(asked if normalise else [texts]):
-        if n and asked[0] == asked[1]:
-            break
+    asked = [tuple(normalise_math(text, rules) for text in texts) for rules in (MISREAD, (*UNREAD, *MISREAD))]
+    for answer, wanted in dict.fromkeys(asked if normalise else [texts]):  # once where both are the same
         want = parse(f"\\boxed{{{wanted}}}", parsing_timeout=LIMIT_S)
         got = parse(frame % answer, parsing_timeout=LIMIT_S)
         sets = normalise and re.search(r"\\infty|\\cup|\\setminus", wanted) is not None  # x > 3 is (3, \infty)

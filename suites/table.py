@@ -14,6 +14,7 @@ import hashlib
 import json
 import sys
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -189,13 +190,12 @@ class Reasoning(Suite):
         return self.extract(item, text) or self.side and extract_assert(text, self.side) or None
 
     def judge(self, executor, pairs: Sequence[tuple], progress) -> list[bool]:
-        verdicts = [False] * len(pairs)
-        for name in {task.kind: None for task, _ in pairs}:
-            chosen = [i for i, (task, _) in enumerate(pairs) if task.kind == name]
-            found = self.kinds[name].verify(executor, [pairs[i] for i in chosen], progress)
-            for i, judgement in zip(chosen, found, strict=True):
-                verdicts[i] = judgement.correct
-        return verdicts
+        by_kind, found = defaultdict(list), {}
+        for pair in pairs:
+            by_kind[pair[0].kind].append(pair)
+        for name, some in by_kind.items():
+            found[name] = iter(self.kinds[name].verify(executor, some, progress))
+        return [next(found[task.kind]).correct for task, _ in pairs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
