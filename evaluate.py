@@ -107,17 +107,34 @@ def generate(engine, tokenizer, suite: Suite, items: list[Item], header: dict, p
 # Suites, one after the other
 
 
+def load_suites(
+    specs: Sequence[str], data_dir: Path, kinds: Mapping[str, Kind] = KINDS, files: Mapping | None = None, limit=None
+) -> list[tuple[str, str, Suite, list[Item], dict]]:
+    """(spec as it was given, name, suite, items, about their data) of each suite: what is missing shows here, before a
+    model is loaded. `kinds` are the task types of "tasks:FILE"; `files` as in `load_items`; `limit` takes the first
+    items. Raises ValueError for unknown suites and packages that are not installed, FileNotFoundError for missing data,
+    in one sentence."""
+    found = []
+    for spec, name, own_limit in expand(specs):
+        suite, items, about = load_items(name, data_dir, files or {}, kinds)
+        if suite.group == "math":
+            require_math_verify()
+        if "note" in about:
+            print(f"note: {about['note']}", file=sys.stderr)
+        found.append((spec, name, suite, items[: own_limit or limit], about))
+    stem, times = Counter(stem_of(name) for _, name, *_ in found).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"Two suites have the name {stem}, which their results get: name each once, or rename a file.")
+    return found
+
+
 def run_suites(
-    specs: Sequence[str],
+    suites: Sequence[tuple[str, str, Suite, list[Item], dict]],
     engine,
     tokenizer,
     executor=None,
     *,
-    data_dir: str | Path,
-    kinds: Mapping[str, Kind] = KINDS,
     out_dir: str | Path | None = None,
-    files: Mapping[str, Path] | None = None,
-    limit: int | None = None,
     template: str = "plain",
     tags: Tags = TAGS,
     samples: int = 1,
@@ -128,18 +145,15 @@ def run_suites(
     model: str | None = None,
     progress: bool = False,
 ) -> dict[str, dict]:
-    """Generate and score suites; returns a record per spec as it was given (see `make_record`). With `out_dir` all that
-    docs/evaluation.md lists is written there, suite by suite, so that nothing that was scored is lost.
+    """Generate and score what `load_suites` gave; returns a record per spec (see `make_record`). With `out_dir`, all
+    that docs/evaluation.md lists is written there, suite by suite, so that nothing that was scored is lost.
 
     `engine` None scores the responses that `out_dir` already has. `executor` is the judge of the reasoning suites (one
-    is made where None); benchmark code always runs in an executor of its own limits. `kinds` are the task types of
-    "tasks:FILE"; `limit` takes the first items; `max_tokens` lowers a suite's own. Raises ValueError for unknown
-    suites, FileNotFoundError for missing data, both in one sentence.
+    is made where None); benchmark code always runs in an executor of its own limits. `max_tokens` lowers a suite's own.
     """
     records = {}
-    for spec, name, own_limit in expand(specs):
-        suite, items, header = load_items(name, Path(data_dir), files or {}, kinds)
-        suite, items = replace(suite, tags=tags), items[: own_limit or limit]
+    for spec, name, suite, items, about in suites:
+        suite, header = replace(suite, tags=tags), dict(about)
         stem = Path(suite.file).stem if suite.group == "code" else stem_of(name)  # humaneval and humaneval+ share one
         path = Path(out_dir, "responses", f"{stem}.jsonl") if out_dir else None
         if engine is None:
@@ -229,11 +243,11 @@ def during_training(run) -> dict[str, float]:
     T = 1. Returns what metrics.jsonl gets: "eval/SUITE/accuracy", "eval/SUITE/KIND/accuracy", "eval/SUITE/all/se", ...,
     at T = 1 under "eval-t1", and "score", the mean accuracy, which --keep-best compares."""
     config, found = run.config, {}
+    suites = load_suites(config.eval_suites.split(","), Path(config.eval_data), config.kinds)
     for temperature in (0.0, 1.0) if run.step in (0, config.steps) else (0.0,):
         records = run_suites(
-            config.eval_suites.split(","), run.engine, run.tokenizer, run.executor, data_dir=config.eval_data,
-            kinds=config.kinds, template=config.template, tags=config.tag_names, temperature=temperature,
-            seed=config.seed, max_tokens=config.eval_max_tokens or config.max_response,
+            suites, run.engine, run.tokenizer, run.executor, template=config.template, tags=config.tag_names,
+            temperature=temperature, seed=config.seed, max_tokens=config.eval_max_tokens or config.max_response,
         )  # fmt: skip
         for suite, record in records.items():
             name = f"{'eval-t1' if temperature else 'eval'}/{Path(suite).stem}"
@@ -256,26 +270,11 @@ def stem_of(name: str) -> str:
     return Path(name.partition(":")[2] or name).stem
 
 
-def check_data(specs: Sequence[str], data_dir: Path, files: Mapping[str, Path], kinds: Mapping[str, Kind]) -> None:
-    """Read all data once and throw them away: what is missing shows before a model is loaded. Raises as `run_suites`
-    does, also for a package that is not installed."""
-    names = [name for _, name, _ in expand(specs)]
-    stem, times = Counter(map(stem_of, names)).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"Two suites have the name {stem}, which their results get: name each once, or rename a file.")
-    for name in names:
-        suite, _, about = load_items(name, data_dir, files, kinds)
-        if suite.group == "math":
-            require_math_verify()
-        if "note" in about:
-            print(f"note: {about['note']}", file=sys.stderr)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def open_engine(args):
+def open_engine(args, suites: Sequence[tuple] = ()):
     """Model, tokenizer and engine of the command line; under vLLM the weights wait on the CPU until they are pushed.
     Raises ValueError for a chat template that fails and a dialogue that is not whole, before the weights are loaded."""
     import torch
@@ -285,14 +284,13 @@ def open_engine(args):
 
     tokenizer = load_tokenizer(args.model, load_config(args.model))
     args.tags = dialogue.choose_tags(args.tags_given, tokenizer, args.template)
-    for _, name, _ in expand(args.specs) if tokenizer.chat_template else ():
-        suite, items, _ = load_items(name, args.data, args.files, args.kinds)
+    for _, name, suite, items, _ in suites if tokenizer.chat_template else ():
         try:
             suite.prompt(items[0].text, tokenizer, suite.template(args.template, tokenizer))
         except (TemplateError, TypeError, ValueError) as error:
             other = "use --template plain, or mend the chat template" if args.template != "plain" else "mend it"
             raise ValueError(f"The chat template of {args.model} fails for {name} ({error}): {other}.") from None
-    if {name for _, name, _ in expand(args.specs)} - {*GROUPS["all"], "humaneval", "mbpp"}:  # with demonstrations
+    if any(suite.group == "reasoning" for _, _, suite, _, _ in suites):  # with demonstrations
         chat = tokenizer.chat_template and args.template != "plain"
         dialogue.inspect_dialogue(tokenizer, "chat" if chat else "plain", args.tags)
     kind, on_gpu = choose_engine(args.engine), torch.cuda.is_available()
@@ -387,13 +385,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             records = {name: score_samples(name, args.samples_file, args.data, args.files, args.kinds, args.tags)}
             write_results(target, records)
         else:
-            check_data(args.specs, args.data, args.files, args.kinds)
-            engine, tokenizer = (None, None) if args.score_only else open_engine(args)
+            suites = load_suites(args.specs, args.data, args.kinds, args.files, args.limit)
+            engine, tokenizer = (None, None) if args.score_only else open_engine(args, suites)
             records = run_suites(
-                args.specs, engine, tokenizer, data_dir=args.data, kinds=args.kinds, out_dir=args.out, files=args.files,
-                limit=args.limit, template=args.template, tags=args.tags, samples=args.samples,
-                temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed,
-                model=args.model, progress=True,
+                suites, engine, tokenizer, out_dir=args.out, template=args.template, tags=args.tags,
+                samples=args.samples, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens,
+                seed=args.seed, model=args.model, progress=True,
             )  # fmt: skip
         print("\n".join(summary(records)))
         if before:

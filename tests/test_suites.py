@@ -681,8 +681,8 @@ def model(tmp_path_factory):
 
 def test_interrupted_run_continues_at_the_first_missing_item(model, tmp_path):
     _, engine, tokenizer = model
-    run = partial(evaluate.run_suites, ["cruxeval-o:70"], engine, tokenizer, data_dir=write_bench(tmp_path),
-                  max_tokens=4, temperature=1.0, samples=2, seed=5)  # fmt: skip
+    loaded = evaluate.load_suites(["cruxeval-o:70"], write_bench(tmp_path))
+    run = partial(evaluate.run_suites, loaded, engine, tokenizer, max_tokens=4, temperature=1.0, samples=2, seed=5)
     whole = run(out_dir=tmp_path / "whole")
     path = tmp_path / "cut/responses/cruxeval-o.jsonl"
     text = (tmp_path / "whole/responses/cruxeval-o.jsonl").read_text()
@@ -699,8 +699,8 @@ def test_interrupted_run_continues_at_the_first_missing_item(model, tmp_path):
 def test_responses_of_other_weights_are_not_taken_for_the_models(model, tmp_path):
     folder, engine, tokenizer = model
     trained = shutil.copytree(folder, tmp_path / "trained")
-    run = partial(evaluate.run_suites, ["cruxeval-o:2"], engine, tokenizer, data_dir=write_bench(tmp_path),
-                  max_tokens=4, out_dir=tmp_path / "out", model=str(trained))  # fmt: skip
+    loaded, options = evaluate.load_suites(["cruxeval-o:2"], write_bench(tmp_path)), {"out_dir": tmp_path / "out"}
+    run = partial(evaluate.run_suites, loaded, engine, tokenizer, max_tokens=4, model=str(trained), **options)
     before = run()
     assert run() == before
     weights = load_file(trained / "model.safetensors")
@@ -763,7 +763,7 @@ def test_tasks_file_reports_kinds_and_depths(model, tmp_path):
              Task("induction", program, ["1", "2"], ["2", "3"], "adds one", 1, depth=2)]  # fmt: skip
     save_tasks(tmp_path / "held.jsonl", tasks)
     spec = f"tasks:{tmp_path / 'held.jsonl'}"
-    record = evaluate.run_suites([spec], engine, tokenizer, data_dir=tmp_path, max_tokens=4)[spec]
+    record = evaluate.run_suites(evaluate.load_suites([spec], tmp_path), engine, tokenizer, max_tokens=4)[spec]
     assert record["n"] == 3 and record["groups"]["depth2"]["n"] == 2 and set(record) >= {"formatted", "reasons_first"}
     flat = evaluate.flatten(record)
     assert flat["abduction/accuracy"] == 0.0 and [key for key in flat if "/" not in key] == ["accuracy"]
@@ -791,7 +791,7 @@ def test_kinds_of_a_file_are_asked_and_judged(model, tmp_path, capsys):
     assert evaluate.main([*command, "--tasks", f"deduction,{example}"]) == 0
     groups = json.loads((tmp_path / "out/results.json").read_text())[spec]["groups"]
     assert groups == {name: {"accuracy": 1.0, "n": 1} for name in ("deduction", "rewriting")}
-    record = evaluate.run_suites([spec], *model[1:], data_dir=tmp_path, kinds=kinds, max_tokens=4)[spec]
+    record = evaluate.run_suites(evaluate.load_suites([spec], tmp_path, kinds), *model[1:], max_tokens=4)[spec]
     assert record["n"] == 2 and record["accuracy"] == 0.0
     capsys.readouterr()
     for wrong, says in ((command, "held.jsonl, line 2"), ([*command, "--tasks", "divination"], "divination")):
