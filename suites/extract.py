@@ -131,21 +131,17 @@ def extract_assert(text: str, side: str) -> str | None:
     lines = text.split("\n")
     for part in (text, lines[0], *reversed(lines)):
         part = part[max(part.find("assert "), 0) :].strip()
-        try:
+        with suppress(*UNPARSABLE, AttributeError):
             [statement] = ast.parse(part, "<literal>").body
             test = getattr(statement, "test", None) or statement.value
             call, output = test.left, test.comparators[-1]
-        except (SyntaxError, ValueError, RecursionError, MemoryError, AttributeError):
-            continue
-        if side == "output" and isinstance(test.ops[-1], ast.Eq):
-            return ast.get_source_segment(part, output)
-        if side == "input" and isinstance(call, ast.Call):
-            return ast.get_source_segment(part, call).partition("(")[2][:-1].strip()
+            if side == "output" and isinstance(test.ops[-1], ast.Eq):
+                return ast.get_source_segment(part, output)
+            if side == "input" and isinstance(call, ast.Call):
+                return ast.get_source_segment(part, call).partition("(")[2][:-1].strip()
     for part in (text, lines[0], lines[-1]):
         value = bare(part, side) if side == "output" else arguments(part)
-        try:
+        with suppress(BadLiteral):
             (parse_literal if side == "output" else parse_arguments)(value)
             return value
-        except BadLiteral:
-            continue
     return text if tag else None

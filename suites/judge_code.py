@@ -20,6 +20,7 @@ import pickletools
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
@@ -325,15 +326,13 @@ def same_stdout(got: str, want: str) -> bool:
 
 
 def same_line(got: str, want: str) -> bool:
-    try:
+    with suppress(InvalidOperation):
         return got == want or [Decimal(token) for token in got.split()] == [Decimal(token) for token in want.split()]
-    except InvalidOperation:
-        return False
+    return False
 
 
 def same_return(got: str, want: str) -> bool:
     """Equal values, both written as JSON, where a tuple is a list."""
-    try:
+    with suppress(json.JSONDecodeError, RecursionError):
         return json.loads(got) == json.loads(want)
-    except (json.JSONDecodeError, RecursionError):
-        return False
+    return False
