@@ -107,12 +107,11 @@ def extract_math(response: str, tags: Tags = TAGS) -> str | None:
     answer = split_response(response, tags=tags).answer
     found = last_box(answer or response)
     text = BOLD.sub(r"\2", answer or response)
-    if found is None and not answer:
-        display = re.findall(r"\\\[(.*?)\\\]", text, re.DOTALL)
-        phrases = list(PHRASE.finditer(text))
-        found = display[-1] if display else text[phrases[-1].end() :].split("\n")[0] if phrases else ""
-    elif found is None:
-        found = PHRASE.split(text)[-1]
+    if found is None:
+        *before, found = PHRASE.split(text)
+        if not answer:
+            display = re.findall(r"\\\[(.*?)\\\]", text, re.DOTALL)
+            found = display[-1] if display else found.split("\n")[0] if before else ""
     found = re.sub(r"(?<!\.)\.$", "", BOLD.sub(r"\2", found.strip())).strip()
     for left, right in MARKS:
         inner = found[len(left) : -len(right)]

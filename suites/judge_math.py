@@ -70,14 +70,12 @@ def decimals(expressions: Sequence) -> int:
     show six digits of the smallest."""
     from sympy import log, preorder_traversal
 
-    least = 0.0  # log10
-    for expression in expressions:
-        walk = preorder_traversal(expression)
-        for node in walk:
-            if getattr(node, "is_comparable", False):
-                walk.skip()
-                size = abs(node.evalf(5))
-                least = min(least, float(log(size, 10).evalf(5))) if size > 0 else least
+    least, walk = 0.0, preorder_traversal(tuple(expressions))  # log10
+    for node in walk:
+        if getattr(node, "is_comparable", False):
+            walk.skip()
+            size = abs(node.evalf(5))
+            least = min(least, float(log(size, 10).evalf(5))) if size > 0 else least
     return 6 - int(least) if least < -3 else 6
 
 
