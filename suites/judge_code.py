@@ -2,8 +2,8 @@
 
 What it does: runs a solution in the project's executor, one process per group of tests. The process only *claims* what
 the solution returned; expected values never enter it, and the comparison happens here on parsed literals.
-What it leaves out: running a solution in this process, unpickling, partial marks, threads
-(the sandbox refuses them) and files in the solutions.
+What it leaves out: running a solution in this process, unpickling, partial marks, threads (the sandbox refuses them)
+and files in the solutions.
 Sources of the rules: EvalPlus 0.3.1 (comparison, 16 special oracles, MBPP's types) and LiveCodeBench's test runner.
 Where EvalPlus limits wall time this limits CPU time, so that a busy machine never turns a pass into a fail.
 
@@ -41,7 +41,7 @@ LIBRARY = Path(os.__file__).parent
 PATHS = [path.relative_to(LIBRARY) for name in sys.stdlib_module_names for path in LIBRARY.glob(f"{name}/**/*.py")]
 NAMES = [*sys.stdlib_module_names, *(".".join(path.with_suffix("").parts) for path in PATHS)]
 MODULES = sorted(name for name in NAMES if not UNWANTED.intersection(name.split(".")))
-# What runs beside the solution, in its process: the program of every job. The solution has a module of its own.
+# The program of every job. The solution has a module of its own.
 HARNESS = r'''
 import builtins, hashlib, io, json, marshal, sys, types
 

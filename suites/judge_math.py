@@ -88,7 +88,6 @@ def require_math_verify() -> None:
 def judge_math(pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] | None = None) -> list[bool]:
     """Verdicts on (gold, answer) pairs, from a pool of processes. A pair that hangs, raises (whatever sympy raises on a
     model's text, the answer is not right) or ends its process is wrong and costs the others nothing."""
-    require_math_verify()
     from pebble import ProcessPool
 
     pool = ProcessPool((os.cpu_count() or 2) // 2 or 1, initializer=prepare, context=get_context("spawn"))
