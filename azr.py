@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
             dry_run(config, extra.card, extra.verbose)
             return 0
         if config.eval_every:
-            evaluate.check_data(config.eval_suites.split(","), Path(config.eval_data), {}, config.kinds)
+            evaluate.load_suites(config.eval_suites.split(","), Path(config.eval_data), config.kinds)
         run = Run(**start(config, extra.resume))
         with run.executor, interruptible(run):
             if not run.watch.history:

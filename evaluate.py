@@ -20,17 +20,18 @@ import hashlib
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from statistics import fmean as mean
 
+import numpy as np
 from tqdm import tqdm
 
 from policy import dialogue
 from policy.dialogue import TAGS, Tags, read_tags, split_response
 from prompts import KINDS, Kind, load_kinds
-from suites.compare import compare, mean, pass_at_k, standard_error, summary
+from suites.compare import compare, pass_at_k, standard_error, summary
 from suites.judge_math import require_math_verify
 from suites.table import GROUPS, SUITES, EvalPlus, Item, Suite, expand, load_items, read_samples
 
@@ -65,10 +66,9 @@ def fingerprint(model: str) -> str | None:
     """A digest of the ends of a folder's weight files, which change with any training; None for a hub name."""
     digest = hashlib.sha256()
     for path in sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]):
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
+        weights = np.memmap(path, mode="r")
+        digest.update(weights[: 1 << 20])
+        digest.update(weights[-1 << 20 :])
     return digest.hexdigest()[:16] if Path(model).is_dir() else None
 
 
@@ -83,25 +83,22 @@ def generate(engine, tokenizer, suite: Suite, items: list[Item], header: dict, p
     if path and not done:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    asked = {item.id: dialogue.encode(prompt, tokenizer) for item, prompt in zip(items, prompts, strict=True)}
     samples, stop, size = header["samples"], list(suite.stop), 256 if engine.device == "cuda" else 64
     sampling = {"temperature": header["temperature"], "top_p": header["top_p"], "max_new_tokens": header["max_tokens"]}
     for start in range(0, len(items), size):
-        chunk = [i for i in range(start, min(start + size, len(items))) if len(done.get(items[i].id, ())) < samples]
-        encoded = {i: dialogue.encode(prompts[i], tokenizer) for i in chunk}
-        fits = [i for i in chunk if len(encoded[i]) < engine.max_model_len]
-        wanted = [encoded[i] for i in fits]
+        chunk = [item.id for item in items[start : start + size] if len(done.get(item.id, ())) < samples]
+        fits = [id for id in chunk if len(asked[id]) < engine.max_model_len]
+        wanted = [asked[id] for id in fits]
         found = engine.generate(wanted, n=samples, seed=header["seed"] + start, stop=stop, **sampling)
-        done |= {items[i].id: [{"response": "", "tokens": 0, "truncated": True}] * samples for i in chunk}
-        for i, completions in zip(fits, found, strict=True):
-            done[items[i].id] = []
-            for one in completions:
-                text = dialogue.response_text(one.token_ids, tokenizer, engine.eos, stop)
-                row = {"response": text, "tokens": len(one.token_ids), "truncated": not one.stopped}
-                done[items[i].id].append(row)
+        done |= dict.fromkeys(chunk, [{"response": "", "tokens": 0, "truncated": True}] * samples)
+        for id, completions in zip(fits, found, strict=True):
+            texts = [dialogue.response_text(one.token_ids, tokenizer, engine.eos, stop) for one in completions]
+            done[id] = [{"response": text, "tokens": len(one.token_ids), "truncated": not one.stopped}
+                        for text, one in zip(texts, completions, strict=True)]  # fmt: skip
         if path:
-            lines = [json.dumps({"id": items[i].id, **row}) + "\n" for i in chunk for row in done[items[i].id]]
             with path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+                file.writelines(json.dumps({"id": id, **row}) + "\n" for id in chunk for row in done[id])
         bar.update(len(chunk))
     return done
 
@@ -110,17 +107,34 @@ def generate(engine, tokenizer, suite: Suite, items: list[Item], header: dict, p
 # Suites, one after the other
 
 
+def load_suites(
+    specs: Sequence[str], data_dir: Path, kinds: Mapping[str, Kind] = KINDS, files: Mapping | None = None, limit=None
+) -> list[tuple[str, str, Suite, list[Item], dict]]:
+    """(spec as it was given, name, suite, items, about their data) of each suite: what is missing shows here, before a
+    model is loaded. `kinds` are the task types of "tasks:FILE"; `files` as in `load_items`; `limit` takes the first
+    items. Raises ValueError for unknown suites and packages that are not installed, FileNotFoundError for missing data,
+    in one sentence."""
+    found = []
+    for spec, name, own_limit in expand(specs):
+        suite, items, about = load_items(name, data_dir, files or {}, kinds)
+        if suite.group == "math":
+            require_math_verify()
+        if "note" in about:
+            print(f"note: {about['note']}", file=sys.stderr)
+        found.append((spec, name, suite, items[: own_limit or limit], about))
+    stem, times = Counter(stem_of(name) for _, name, *_ in found).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"Two suites have the name {stem}, which their results get: name each once, or rename a file.")
+    return found
+
+
 def run_suites(
-    specs: Sequence[str],
+    suites: Sequence[tuple[str, str, Suite, list[Item], dict]],
     engine,
     tokenizer,
     executor=None,
     *,
-    data_dir: str | Path,
-    kinds: Mapping[str, Kind] = KINDS,
     out_dir: str | Path | None = None,
-    files: Mapping[str, Path] | None = None,
-    limit: int | None = None,
     template: str = "plain",
     tags: Tags = TAGS,
     samples: int = 1,
@@ -130,20 +144,16 @@ def run_suites(
     seed: int = 0,
     model: str | None = None,
     progress: bool = False,
-    keep: Callable[[dict], None] = lambda records: None,
 ) -> dict[str, dict]:
-    """Generate and score suites; returns a record per spec as it was given (see `make_record`), and gives all so far to
-    `keep` after each, so that nothing that was scored is lost.
+    """Generate and score what `load_suites` gave; returns a record per spec (see `make_record`). With `out_dir`, all
+    that docs/evaluation.md lists is written there, suite by suite, so that nothing that was scored is lost.
 
     `engine` None scores the responses that `out_dir` already has. `executor` is the judge of the reasoning suites (one
-    is made where None); benchmark code always runs in an executor of its own limits. `kinds` are the task types of
-    "tasks:FILE"; `limit` takes the first items; `max_tokens` lowers a suite's own. Raises ValueError for unknown
-    suites, FileNotFoundError for missing data, both in one sentence.
+    is made where None); benchmark code always runs in an executor of its own limits. `max_tokens` lowers a suite's own.
     """
     records = {}
-    for spec, name, own_limit in expand(specs):
-        suite, items, header = load_items(name, Path(data_dir), files or {}, kinds)
-        suite, items = replace(suite, tags=tags), items[: own_limit or limit]
+    for spec, name, suite, items, about in suites:
+        suite, header = replace(suite, tags=tags), dict(about)
         stem = Path(suite.file).stem if suite.group == "code" else stem_of(name)  # humaneval and humaneval+ share one
         path = Path(out_dir, "responses", f"{stem}.jsonl") if out_dir else None
         if engine is None:
@@ -158,21 +168,21 @@ def run_suites(
             longest = min(suite.max_tokens, max_tokens or suite.max_tokens)
             header |= {"model": model, "template": suite.template(template, tokenizer), "max_tokens": longest,
                        "tags": ",".join(tags), "samples": samples, "temperature": temperature, "top_p": top_p,
-                       "seed": seed}  # fmt: skip
-            if model:
-                header |= {"weights": fingerprint(model), "engine": engine.name, "dtype": engine.dtype,
-                           "max_model_len": engine.max_model_len}  # fmt: skip
+                       "seed": seed, "weights": model and fingerprint(model), "engine": engine.name,
+                       "dtype": engine.dtype, "max_model_len": engine.max_model_len}  # fmt: skip
             with tqdm(total=len(items), desc=f"{name} generate", disable=not progress) as bar:
                 done = generate(engine, tokenizer, suite, items, header, path, bar)
-        rows = [(item, row) for item in items for row in done[item.id][: header["samples"]]]
-        raw = header["template"] == "raw"  # EvalPlus without a chat template: the response completes the prompt
-        answers = [suite.extract(item, (item.gold["prompt"] if raw else "") + row["response"]) for item, row in rows]
-        records[spec] = make_record(suite, name, rows, answers, header, executor, progress)
+        rows = []
+        for item in items:
+            begun = item.gold["prompt"] if header["template"] == "raw" else ""  # EvalPlus without a chat template
+            for row in done[item.id][: header["samples"]]:
+                rows.append((item, row, suite.extract(item, begun + row["response"])))
+        records[spec] = make_record(suite, name, rows, header, executor, progress)
         if out_dir and isinstance(suite, EvalPlus):  # what `evalplus.evaluate --samples FILE` reads
-            with Path(out_dir, f"{name}.samples.jsonl").open("w", encoding="utf-8") as file:
-                for (item, _), answer in zip(rows, answers, strict=True):
-                    file.write(json.dumps({"task_id": item.id, "solution": answer or ""}) + "\n")
-        keep(records)
+            lines = [json.dumps({"task_id": item.id, "solution": answer or ""}) + "\n" for item, _, answer in rows]
+            Path(out_dir, f"{name}.samples.jsonl").write_text("".join(lines), encoding="utf-8")
+        if out_dir:
+            write_results(Path(out_dir, "results.json"), records)
     return records
 
 
@@ -181,28 +191,27 @@ def score_samples(name: str, path: Path, data_dir: Path, files: Mapping, kinds: 
     average, and their number is printed and recorded."""
     suite, items, about = load_items(name, data_dir, files, kinds)
     suite = replace(suite, tags=tags)
-    samples = read_samples(path, name, suite, items)
-    rows = [(item, {"response": text, "truncated": False, "tokens": 0}) for item, text, _ in samples]
-    counts = Counter(item.id for item, _, _ in samples)
+    rows = read_samples(path, name, suite, items)
+    counts = Counter(item.id for item, _, _ in rows)
     fewest, most = min(counts.values()), max(counts.values())
     if missing := len(items) - len(counts):
         print(f"note: {path} has {len(counts)} of the {len(items)} tasks of {name}; the other {missing} do not count")
     if fewest < most:
         print(f"note: {path} has {fewest} to {most} samples of a task: each task counts alike, pass@k ends at {fewest}")
     header = {"samples": fewest, "template": f"samples of {path.name}", "missing": missing}
-    return make_record(suite, name, rows, [answer for _, _, answer in samples], header | about, None, True)
+    return make_record(suite, name, rows, header | about, None, True)
 
 
-def make_record(suite: Suite, name: str, rows, answers, header: dict, executor, progress: bool) -> dict:
-    """Score the answers to (item, response) rows. Returns what is known about a suite: accuracy (mean over items of the
+def make_record(suite: Suite, name: str, rows, header: dict, executor, progress: bool) -> dict:
+    """Score rows of (item, response, answer). Returns what is known about a suite: accuracy (mean over items of the
     mean over samples) with its standard error, pass@k, shares of truncated and answerless responses, settings, data
     digest, score per item. Reasoning suites also have accuracy per kind and depth, the share in the right format and
     the share that reasons before it answers."""
-    pairs = [(item.gold, answer) for (item, _), answer in zip(rows, answers, strict=True)]
+    pairs = [(item.gold, answer) for item, _, answer in rows]
     with tqdm(desc=f"{name} score", unit="job", disable=not progress) as bar:
         scores = suite.score(pairs, executor if suite.group == "reasoning" else None, bar.update)
     by_item, groups = defaultdict(list), defaultdict(list)
-    for (item, _), value in zip(rows, scores, strict=True):
+    for (item, _, _), value in zip(rows, scores, strict=True):
         by_item[item.id].append(value)
         if suite.group == "reasoning":
             task, depth = item.gold, f"depth{item.gold.depth}"
@@ -214,15 +223,15 @@ def make_record(suite: Suite, name: str, rows, answers, header: dict, executor, 
         "accuracy": mean(means.values()),
         "n": len(means),
         "se": standard_error(list(means.values())),
-        "truncated": mean(row["truncated"] for _, row in rows),
-        "no_answer": mean(answer is None or not answer.strip() for answer in answers),
-        "tokens": mean(row["tokens"] for _, row in rows),
+        "truncated": mean(row["truncated"] for _, row, _ in rows),
+        "no_answer": mean(answer is None or not answer.strip() for _, _, answer in rows),
+        "tokens": mean(row["tokens"] for _, row, _ in rows),
         **{key: value for key, value in header.items() if key != "prompts"},
     }
     ks = [k for k in (2, 4, 8, 16, 32, 64) if k <= min(map(len, by_item.values()))]
     record["pass_at"] = {str(k): mean(pass_at_k(len(v), int(sum(v)), k) for v in by_item.values()) for k in ks}
     if suite.group == "reasoning":
-        parts = [split_response(row["response"], tags=suite.tags) for _, row in rows]
+        parts = [split_response(row["response"], tags=suite.tags) for _, row, _ in rows]
         record["formatted"] = mean(part.formatted for part in parts)
         record["reasons_first"] = mean(bool(part.think) for part in parts)
         record["groups"] = {g: {"accuracy": mean(v), "n": len(v)} for g, v in sorted(groups.items())}
@@ -234,11 +243,11 @@ def during_training(run) -> dict[str, float]:
     T = 1. Returns what metrics.jsonl gets: "eval/SUITE/accuracy", "eval/SUITE/KIND/accuracy", "eval/SUITE/all/se", ...,
     at T = 1 under "eval-t1", and "score", the mean accuracy, which --keep-best compares."""
     config, found = run.config, {}
+    suites = load_suites(config.eval_suites.split(","), Path(config.eval_data), config.kinds)
     for temperature in (0.0, 1.0) if run.step in (0, config.steps) else (0.0,):
         records = run_suites(
-            config.eval_suites.split(","), run.engine, run.tokenizer, run.executor, data_dir=config.eval_data,
-            kinds=config.kinds, template=config.template, tags=config.tag_names, temperature=temperature,
-            seed=config.seed, max_tokens=config.eval_max_tokens or config.max_response,
+            suites, run.engine, run.tokenizer, run.executor, template=config.template, tags=config.tag_names,
+            temperature=temperature, seed=config.seed, max_tokens=config.eval_max_tokens or config.max_response,
         )  # fmt: skip
         for suite, record in records.items():
             name = f"{'eval-t1' if temperature else 'eval'}/{Path(suite).stem}"
@@ -261,26 +270,11 @@ def stem_of(name: str) -> str:
     return Path(name.partition(":")[2] or name).stem
 
 
-def check_data(specs: Sequence[str], data_dir: Path, files: Mapping[str, Path], kinds: Mapping[str, Kind]) -> None:
-    """Read all data once and throw them away: what is missing shows before a model is loaded. Raises as `run_suites`
-    does, also for a package that is not installed."""
-    names = [name for _, name, _ in expand(specs)]
-    stem, times = Counter(map(stem_of, names)).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"Two suites have the name {stem}, which their results get: name each once, or rename a file.")
-    for name in names:
-        suite, _, about = load_items(name, data_dir, files, kinds)
-        if suite.group == "math":
-            require_math_verify()
-        if "note" in about:
-            print(f"note: {about['note']}", file=sys.stderr)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def open_engine(args):
+def open_engine(args, suites: Sequence[tuple] = ()):
     """Model, tokenizer and engine of the command line; under vLLM the weights wait on the CPU until they are pushed.
     Raises ValueError for a chat template that fails and a dialogue that is not whole, before the weights are loaded."""
     import torch
@@ -290,14 +284,13 @@ def open_engine(args):
 
     tokenizer = load_tokenizer(args.model, load_config(args.model))
     args.tags = dialogue.choose_tags(args.tags_given, tokenizer, args.template)
-    for _, name, _ in expand(args.specs) if tokenizer.chat_template else ():
-        suite, items, _ = load_items(name, args.data, args.files, args.kinds)
+    for _, name, suite, items, _ in suites if tokenizer.chat_template else ():
         try:
             suite.prompt(items[0].text, tokenizer, suite.template(args.template, tokenizer))
         except (TemplateError, TypeError, ValueError) as error:
             other = "use --template plain, or mend the chat template" if args.template != "plain" else "mend it"
             raise ValueError(f"The chat template of {args.model} fails for {name} ({error}): {other}.") from None
-    if {name for _, name, _ in expand(args.specs)} - {*GROUPS["all"], "humaneval", "mbpp"}:  # with demonstrations
+    if any(suite.group == "reasoning" for _, _, suite, _, _ in suites):  # with demonstrations
         chat = tokenizer.chat_template and args.template != "plain"
         dialogue.inspect_dialogue(tokenizer, "chat" if chat else "plain", args.tags)
     kind, on_gpu = choose_engine(args.engine), torch.cuda.is_available()
@@ -355,22 +348,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, path in args.files.items():
         if name not in SUITES or path == Path() or not path.exists():
             raise ValueError(f"--file {name}={path}: give SUITE=PATH, a suite of {', '.join(SUITES)} and its data.")
-    if args.baseline and args.baseline.is_dir():
-        args.baseline = args.baseline / "results.json"
-    if args.baseline and not args.baseline.is_file():
-        raise ValueError(f"There is no baseline {args.baseline}: give a results.json of an earlier evaluation.")
     return args
 
 
 def read_results(path: Path) -> dict[str, dict]:
-    """Records by suite, as `main` writes them. Raises ValueError where the file holds something else."""
+    """Records by suite, as `write_results` left them in a file or its folder. Raises ValueError for anything else."""
+    path = path / "results.json" if path.is_dir() else path
     try:
         records = dict(json.loads(path.read_text(encoding="utf-8")))
         for record in records.values():
             sum(record["scores"].values())
         return records
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no results.json of an evaluation ({error!r}): move or restore it.") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no results.json of an evaluation ({error!r}): give another, move or restore it."
+        ) from None
 
 
 def write_results(path: Path, records: dict[str, dict]) -> None:
@@ -388,19 +380,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if target.is_file():
             read_results(target)
         args.out.mkdir(parents=True, exist_ok=True)
-        keep = partial(write_results, target)
         if args.samples_file:
             [(_, name, _)] = expand(args.specs)
             records = {name: score_samples(name, args.samples_file, args.data, args.files, args.kinds, args.tags)}
-            keep(records)
+            write_results(target, records)
         else:
-            check_data(args.specs, args.data, args.files, args.kinds)
-            engine, tokenizer = (None, None) if args.score_only else open_engine(args)
+            suites = load_suites(args.specs, args.data, args.kinds, args.files, args.limit)
+            engine, tokenizer = (None, None) if args.score_only else open_engine(args, suites)
             records = run_suites(
-                args.specs, engine, tokenizer, data_dir=args.data, kinds=args.kinds, out_dir=args.out, files=args.files,
-                limit=args.limit, template=args.template, tags=args.tags, samples=args.samples,
-                temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed,
-                model=args.model, progress=True, keep=keep,
+                suites, engine, tokenizer, out_dir=args.out, template=args.template, tags=args.tags,
+                samples=args.samples, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens,
+                seed=args.seed, model=args.model, progress=True,
             )  # fmt: skip
         print("\n".join(summary(records)))
         if before:

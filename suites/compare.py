@@ -8,15 +8,11 @@ Sources: pass@k of Chen et al. 2021 (equation 1), McNemar's exact test, percenti
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from suites.table import TABLE1
-
-
-def mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
 
 
 def standard_error(scores: Sequence[float]) -> float:

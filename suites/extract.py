@@ -11,6 +11,7 @@ Sources: EvalPlus's sanitiser (same verdicts, without tree-sitter), LiveCodeBenc
 import ast
 import itertools
 import re
+from contextlib import suppress
 
 from executor import BadLiteral, parse_arguments, parse_literal
 from policy.dialogue import TAGS, Tags, arguments, bare, fenced_blocks, split_response, visible
@@ -64,18 +65,12 @@ def longest_program(text: str) -> str:
     """The range of two or more lines that parses and has the most lines that are not blank; else the first line."""
     lines = text.split("\n")
     filled = [0, *itertools.accumulate(bool(line.strip()) for line in lines)]
-    best, most = [lines[0].strip()], 0
-    for start in range(len(lines)):
-        end = len(lines)
-        while end > start + 1 and filled[end] - filled[start] > most:
-            try:
-                ast.parse("\n".join(lines[start:end]))
-                best, most = lines[start:end], filled[end] - filled[start]
-            except SyntaxError as error:  # no range with the line of the error in it parses either
-                end = min(end - 1, start + (error.lineno or end) - 1)
-            except UNPARSABLE:
-                end -= 1
-    return "\n".join(best)
+    spans = [(a, b) for a, b in itertools.combinations(range(len(lines) + 1), 2) if b > a + 1 and filled[b] > filled[a]]
+    for start, end in sorted(spans, key=lambda span: filled[span[0]] - filled[span[1]]):
+        with suppress(*UNPARSABLE):
+            ast.parse("\n".join(lines[start:end]))
+            return "\n".join(lines[start:end])
+    return lines[0].strip()
 
 
 def identifiers(node: ast.AST) -> set[str]:
@@ -112,12 +107,11 @@ def extract_math(response: str, tags: Tags = TAGS) -> str | None:
     answer = split_response(response, tags=tags).answer
     found = last_box(answer or response)
     text = BOLD.sub(r"\2", answer or response)
-    if found is None and not answer:
-        display = re.findall(r"\\\[(.*?)\\\]", text, re.DOTALL)
-        phrases = list(PHRASE.finditer(text))
-        found = display[-1] if display else text[phrases[-1].end() :].split("\n")[0] if phrases else ""
-    elif found is None:
-        found = PHRASE.split(text)[-1]
+    if found is None:
+        *before, found = PHRASE.split(text)
+        if not answer:
+            display = re.findall(r"\\\[(.*?)\\\]", text, re.DOTALL)
+            found = display[-1] if display else found.split("\n")[0] if before else ""
     found = re.sub(r"(?<!\.)\.$", "", BOLD.sub(r"\2", found.strip())).strip()
     for left, right in MARKS:
         inner = found[len(left) : -len(right)]
@@ -136,21 +130,17 @@ def extract_assert(text: str, side: str) -> str | None:
     lines = text.split("\n")
     for part in (text, lines[0], *reversed(lines)):
         part = part[max(part.find("assert "), 0) :].strip()
-        try:
+        with suppress(*UNPARSABLE, AttributeError):
             [statement] = ast.parse(part, "<literal>").body
             test = getattr(statement, "test", None) or statement.value
             call, output = test.left, test.comparators[-1]
-        except (SyntaxError, ValueError, RecursionError, MemoryError, AttributeError):
-            continue
-        if side == "output" and isinstance(test.ops[-1], ast.Eq):
-            return ast.get_source_segment(part, output)
-        if side == "input" and isinstance(call, ast.Call):
-            return ast.get_source_segment(part, call).partition("(")[2][:-1].strip()
+            if side == "output" and isinstance(test.ops[-1], ast.Eq):
+                return ast.get_source_segment(part, output)
+            if side == "input" and isinstance(call, ast.Call):
+                return ast.get_source_segment(part, call).partition("(")[2][:-1].strip()
     for part in (text, lines[0], lines[-1]):
         value = bare(part, side) if side == "output" else arguments(part)
-        try:
+        with suppress(BadLiteral):
             (parse_literal if side == "output" else parse_arguments)(value)
             return value
-        except BadLiteral:
-            continue
     return text if tag else None

@@ -2,8 +2,7 @@
 
 What it does: rewrites gold and answer alike and asks math-verify. What math-verify reads as something else (`3e8` as
 8 times 3e, `2 1/3` as 1) is always rewritten. Where more can be (a full stop, degrees, a percent sign) it is asked a
-second time, so that these rules can only find an answer right. Small numbers compare relatively. The children are this
-file run as a program, so that they start without the engines.
+second time, so that these rules can only find an answer right. Small numbers compare relatively.
 What it leaves out: rules that drop letters or digits; what docs/evaluation.md lists.
 Source: math-verify 0.9.0.
 
@@ -11,17 +10,11 @@ Source: math-verify 0.9.0.
 """
 
 import importlib.util
-import json
 import os
 import re
 import resource
-import select
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
-from pathlib import Path
+from multiprocessing import get_context
 from unicodedata import normalize
 
 SPACES = "\u00a0\u2009\u202f"  # no-break and thin
@@ -44,7 +37,7 @@ UNREAD: Sequence[tuple[re.Pattern, str | Callable]] = (
     (re.compile(r"(?<=\d)(?:\s|\\[,;: ])*(?:\\?%|percent)\s*$"), ""),  # math-verify: 35 is 35 %, 33.3 is not 33.3 %
 )
 LIMIT_S = 30  # wall clock, for math-verify knows no other; short limits fail easy pairs on a busy machine
-MEMORY = 4 << 30  # bytes of a child
+MEMORY = 4 << 30  # bytes of a process
 
 
 def normalise_math(text: str, rules: Sequence[tuple[re.Pattern, str | Callable]] = (*UNREAD, *MISREAD)) -> str:
@@ -60,10 +53,8 @@ def math_equal(prediction: str, gold: str, normalise: bool = True, call: str = "
 
     frame = "\\boxed{%s}" if call == "boxed" else "%s"
     texts = (prediction, gold)
-    asked = [[normalise_math(text, rules) for text in texts] for rules in (MISREAD, (*UNREAD, *MISREAD))]
-    for n, (answer, wanted) in enumerate(asked if normalise else [texts]):
-        if n and asked[0] == asked[1]:
-            break
+    asked = [tuple(normalise_math(text, rules) for text in texts) for rules in (MISREAD, (*UNREAD, *MISREAD))]
+    for answer, wanted in dict.fromkeys(asked if normalise else [texts]):  # once where both are the same
         want = parse(f"\\boxed{{{wanted}}}", parsing_timeout=LIMIT_S)
         got = parse(frame % answer, parsing_timeout=LIMIT_S)
         sets = normalise and re.search(r"\\infty|\\cup|\\setminus", wanted) is not None  # x > 3 is (3, \infty)
@@ -79,65 +70,42 @@ def decimals(expressions: Sequence) -> int:
     show six digits of the smallest."""
     from sympy import log, preorder_traversal
 
-    least = 0.0  # log10
-    for expression in expressions:
-        walk = preorder_traversal(expression)
-        for node in walk:
-            if getattr(node, "is_comparable", False):
-                walk.skip()
-                size = abs(node.evalf(5))
-                least = min(least, float(log(size, 10).evalf(5))) if size > 0 else least
+    least, walk = 0.0, preorder_traversal(tuple(expressions))  # log10
+    for node in walk:
+        if getattr(node, "is_comparable", False):
+            walk.skip()
+            size = abs(node.evalf(5))
+            least = min(least, float(log(size, 10).evalf(5))) if size > 0 else least
     return 6 - int(least) if least < -3 else 6
 
 
 def require_math_verify() -> None:
-    """Raise ValueError in one sentence where math-verify is missing."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise ValueError("Math suites need math-verify: pip install -r requirements-eval.txt")
+    """Raise ValueError in one sentence where a package of the judge is missing."""
+    if not all(map(importlib.util.find_spec, ("math_verify", "pebble"))):
+        raise ValueError("Math suites need math-verify and pebble: pip install -r requirements-eval.txt")
 
 
 def judge_math(pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] | None = None) -> list[bool]:
-    """Verdicts on (gold, answer) pairs. One that hangs or kills its child is wrong and costs the others nothing."""
-    require_math_verify()
-    workers = max(1, (os.cpu_count() or 2) // 2)
-    with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(judge_part, [pairs[w::workers] for w in range(workers)], repeat(progress)))
-    return [parts[i % workers][i // workers] for i in range(len(pairs))]
+    """Verdicts on (gold, answer) pairs, from a pool of processes. A pair that hangs, raises (whatever sympy raises on a
+    model's text, the answer is not right) or ends its process is wrong and costs the others nothing."""
+    from pebble import ProcessPool
+
+    pool = ProcessPool((os.cpu_count() or 2) // 2 or 1, initializer=prepare, context=get_context("spawn"))
+    try:
+        pool.schedule(math_equal, ("1", "1")).result()  # raises where no process can judge anything
+        verdicts = []
+        for future in [pool.schedule(math_equal, (answer, gold), timeout=4 * LIMIT_S) for gold, answer in pairs]:
+            verdicts.append(future.exception() is None and future.result())
+            if progress:
+                progress(1)
+        return verdicts
+    finally:
+        pool.stop()
+        pool.join()
 
 
-def judge_part(pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] | None) -> list[bool]:
-    """One child at a time answers pair after pair; when it dies or is silent too long, a new one takes the rest."""
-    verdicts: list[bool] = []
-    while len(verdicts) < len(pairs):
-        command, pipe = [sys.executable, "-m", "suites.judge_math"], subprocess.PIPE
-        with subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).parents[1]
-        ) as child:
-            if child.stdout.readline() != "ready\n":
-                raise RuntimeError(f"The math child did not start: try `{' '.join(command)}` and read its error.")
-            for pair in pairs[len(verdicts) :]:
-                print(json.dumps(pair), file=child.stdin, flush=True)
-                ready, _, _ = select.select([child.stdout], [], [], 4 * LIMIT_S)
-                line = child.stdout.readline() if ready else ""
-                verdicts.append(line == "true\n")
-                if progress:
-                    progress(1)
-                if not line:
-                    break
-            child.kill()
-    return verdicts
-
-
-def serve() -> None:
-    """The child: say "ready", then answer each [gold, answer] line with true or false. An exception ends the process:
-    whatever sympy raises on a model's text, the answer is not right."""
-    if math_equal("1", "1"):
-        print("ready", flush=True)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    for line in sys.stdin:
-        gold, answer = json.loads(line)
-        print("true" if math_equal(answer, gold) else "false", flush=True)
-
-
-if __name__ == "__main__":
-    serve()
+def prepare() -> None:
+    """What a process of the pool does first: load math-verify, whose logs nobody needs, and limit its own memory."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    math_equal("1", "1")
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))

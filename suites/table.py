@@ -14,6 +14,7 @@ import hashlib
 import json
 import sys
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -121,7 +122,7 @@ class EvalPlus(Suite):
 class LiveCodeBench(Suite):
     """Contest problems, answered with a program that reads its input or with a completed function."""
 
-    group, make_executor = "code", staticmethod(code_executor)
+    group, make_executor, judge = "code", staticmethod(code_executor), staticmethod(judge_lcb)
 
     def item(self, row: dict, index: int) -> Item:
         json.loads(row["public_test_cases"])
@@ -133,9 +134,6 @@ class LiveCodeBench(Suite):
 
     def extract(self, item: Item, response: str) -> str | None:
         return extract_code(response, self.tags)
-
-    def judge(self, executor, pairs: Sequence[tuple], progress) -> list[bool]:
-        return judge_lcb(executor, pairs, progress)
 
 
 class Mathematics(Suite):
@@ -192,13 +190,12 @@ class Reasoning(Suite):
         return self.extract(item, text) or self.side and extract_assert(text, self.side) or None
 
     def judge(self, executor, pairs: Sequence[tuple], progress) -> list[bool]:
-        verdicts = [False] * len(pairs)
-        for name in {task.kind: None for task, _ in pairs}:
-            chosen = [i for i, (task, _) in enumerate(pairs) if task.kind == name]
-            found = self.kinds[name].verify(executor, [pairs[i] for i in chosen], progress)
-            for i, judgement in zip(chosen, found, strict=True):
-                verdicts[i] = judgement.correct
-        return verdicts
+        by_kind, found = defaultdict(list), {}
+        for pair in pairs:
+            by_kind[pair[0].kind].append(pair)
+        for name, some in by_kind.items():
+            found[name] = iter(self.kinds[name].verify(executor, some, progress))
+        return [next(found[task.kind]).correct for task, _ in pairs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,21 +268,33 @@ def load_items(
     """Suite, items and {"data", "data_sha256"} (of the unpacked bytes). `files`: another file or folder by suite.
     `kinds`: task types that a "tasks:FILE" may have beside the paper's. Raises FileNotFoundError with the address."""
     if name.startswith("tasks:"):
-        path = Path(name.partition(":")[2])
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no task file {path}: give the path of a JSONL file of tasks.")
-        suite = Reasoning(path.name, "", kinds=KINDS | kinds)
-        items = [suite.ask(task, index) for index, task in enumerate(load_tasks(path, suite.kinds))]
-        if not items:
-            raise ValueError(f"{path} has no tasks: give a JSONL file of tasks.")
-        about = {"data": str(path), "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        return suite, items, about
-    suite, given = SUITES[name], files.get(name)
-    paths = [given] if given else [data_dir / suite.file, data_dir / f"{suite.file}.gz"]
-    if given and given.is_dir():
-        paths = sorted(given.glob("*.jsonl*"))
-    paths = [path for path in paths if path.is_file()][: None if given else 1]
-    data, rows = b"", []
+        source = Path(name.removeprefix("tasks:"))
+        if not source.is_file():
+            raise FileNotFoundError(f"There is no task file {source}: give the path of a JSONL file of tasks.")
+        suite = Reasoning(source.name, "", kinds=KINDS | kinds)
+        rows, data, make = load_tasks(source, suite.kinds), source.read_bytes(), suite.ask
+    else:
+        suite = SUITES[name]
+        rows, data, source = read_data(name, suite, files.get(name, data_dir / suite.file))
+        make = suite.item
+    about = {"data": str(source), "data_sha256": hashlib.sha256(data).hexdigest()}
+    if not rows:
+        raise ValueError(f"{source} has no items of {name}: get its data again.")
+    try:
+        if isinstance(suite, LiveCodeBench) and (public := sum("private_test_cases" not in row for row in rows)):
+            about["note"] = (
+                f"{public} of {len(rows)} problems of {name} have public tests only; scores will be too high"
+            )
+        return suite, [make(row, index) for index, row in enumerate(rows)], about
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source} is not the data of {name} ({error!r} in a line): get them again.") from None
+
+
+def read_data(name: str, suite: Suite, given: Path) -> tuple[list[dict], bytes, object]:
+    """The rows of a file, of all .jsonl files of a folder, or else of the hub; what a digest is made of; where they are
+    from. Raises ValueError for damaged data, FileNotFoundError that says where to get them."""
+    paths = sorted(given.glob("*.jsonl*")) or [path for path in (given, Path(f"{given}.gz")) if path.is_file()][:1]
+    rows, data = [], b""
     for path in paths:
         try:
             text = unpack(path)
@@ -293,22 +302,24 @@ def load_items(
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): get the data of {name} again.") from None
         data += text
-    if not paths:
-        rows = load_from_hub(name, suite, data_dir)
-        data = json.dumps(rows, sort_keys=True, default=str).encode()
-    about = {"data": str(paths[0]) if paths else suite.source, "data_sha256": hashlib.sha256(data).hexdigest()}
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{about['data']} has no items of {name}: get its data again.")
-    if isinstance(suite, LiveCodeBench) and (public := sum("private_test_cases" not in row for row in rows)):
-        about["note"] = f"{public} of {len(rows)} problems of {name} have public tests only; scores will be too high"
+    if paths:
+        return rows, data, paths[0]
+    missing = f"The data of {name} are missing: put {suite.file} (or {suite.file}.gz) into {given.parent}"
+    if suite.source.startswith("https"):
+        raise FileNotFoundError(f"{missing}, from {suite.source}.")
+    hub, _, split = suite.source.rpartition(":")
     try:
-        return suite, [suite.item(row, index) for index, row in enumerate(rows)], about
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{about['data']} is not the data of {name} ({error!r} in a line): get them again.") from None
+        import datasets
+
+        rows = list(datasets.load_dataset(hub, split=split))
+    except (ImportError, OSError, ValueError) as error:
+        hint = f"or install datasets (requirements-eval.txt) to load {suite.source} from the hub"
+        raise FileNotFoundError(f"{missing}, {hint}: that failed now ({error}).") from None
+    return rows, json.dumps(rows, sort_keys=True, default=str).encode(), suite.source
 
 
-def read_samples(path: Path, name: str, suite: Suite, items: Sequence[Item]) -> list[tuple[Item, str, str | None]]:
-    """(item, text, answer) of each line of a samples file: `task_id` and `solution` (the answer as it is) or
+def read_samples(path: Path, name: str, suite: Suite, items: Sequence[Item]) -> list[tuple[Item, dict, str | None]]:
+    """(item, response, answer) of each line of a samples file: `task_id` and `solution` (the answer as it is) or
     `completion` (after EvalPlus's prompt; for CRUXEval in its own `assert f(...) == ...` form). Raises ValueError."""
     known, samples = {item.id: item for item in items}, []
     for number, line in enumerate(unpack(path).split(b"\n"), 1):
@@ -323,24 +334,8 @@ def read_samples(path: Path, name: str, suite: Suite, items: Sequence[Item]) -> 
         except (ValueError, KeyError, TypeError) as error:
             need = f"a task_id of {name}, and one text as solution or completion"
             raise ValueError(f"{path}, line {number}: each line needs {need} ({error!r}).") from None
-        samples.append((item, text, text if whole else suite.completion(item, text)))
+        answer = text if whole else suite.completion(item, text)
+        samples.append((item, {"response": text, "truncated": False, "tokens": 0}, answer))
     if not samples:
         raise ValueError(f"{path} has no sample of {name}.")
     return samples
-
-
-def load_from_hub(name: str, suite: Suite, data_dir: Path) -> list[dict]:
-    """The rows of a suite that is on the hub. Raises FileNotFoundError that says where to get its file."""
-    missing = f"The data of {name} are missing: put {suite.file} (or {suite.file}.gz) into {data_dir}"
-    if suite.source.startswith("https"):
-        raise FileNotFoundError(f"{missing}, from {suite.source}.")
-    hub, _, split = suite.source.rpartition(":")
-    try:
-        import datasets
-
-        return list(datasets.load_dataset(hub, split=split))
-    except ImportError:
-        hint = f"or install datasets (requirements-eval.txt) to load {suite.source} from the hub"
-    except (OSError, ValueError) as error:
-        hint = f"for the hub's {suite.source} could not be loaded ({error})"
-    raise FileNotFoundError(f"{missing}, {hint}.")

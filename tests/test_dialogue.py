@@ -114,8 +114,8 @@ def asked(run, spec, tmp_path, monkeypatch, template):
     monkeypatch.setattr(run.engine, "_run", lambda requests, *rest: seen.extend(requests) or real(requests, *rest))
     rollouts = [azr.solve_rollout(run, kind.zero(), 0) for kind in KINDS.values()]
     azr.generate(run, "solve", rollouts, 0)
-    options = {"data_dir": tmp_path, "template": template, "tags": run.config.tag_names, "max_tokens": 4}
-    evaluate.run_suites([spec, "humaneval"], run.engine, run.tokenizer, **options)
+    options = {"template": template, "tags": run.config.tag_names, "max_tokens": 4}
+    evaluate.run_suites(evaluate.load_suites([spec, "humaneval"], tmp_path), run.engine, run.tokenizer, **options)
     return [request.ids for request in seen]
 
 
@@ -349,7 +349,8 @@ def test_training_evaluation_and_samples_files_read_the_same_and_stop_at_the_sam
         attempts = azr.generate(run, "solve", [azr.solve_rollout(run, item, 0) for item in tasks], 0)
         azr.verify(run, attempts)
         spec = f"tasks:{tmp_path / 'forms.jsonl'}"
-        record = evaluate.run_suites([spec], run.engine, run.tokenizer, run.executor, data_dir=tmp_path)[spec]
+        suites = evaluate.load_suites([spec], tmp_path)
+        record = evaluate.run_suites(suites, run.engine, run.tokenizer, run.executor)[spec]
         samples = [json.dumps({"task_id": name, "completion": text}) + "\n" for name, text in forms.items()]
         (tmp_path / "samples.jsonl").write_text("".join(samples))
         scored = evaluate.score_samples(spec, tmp_path / "samples.jsonl", tmp_path, {}, KINDS)["scores"]

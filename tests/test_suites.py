@@ -149,6 +149,11 @@ def test_large_outputs_compare_by_digest(sandbox):
     )
     codes = [f"def big(n):\n    {body}\n" for body in (ints, off, tuples)]
     assert score(*codes, row=row, sandbox=sandbox) == [1.0, 0.0, 0.0]
+    larger = row | {"base_input": [[50_000]]}  # more than 64 KiB: digests
+    assert score(*codes, row=larger, sandbox=sandbox) == [1.0, 0.0, 0.0]
+    number = row | {"canonical_solution": "    return 1 << n\n", "base_input": [[20_000]], "plus_input": []}
+    codes = [f"def big(n):\n    return {value}\n" for value in ("2**n", "2**n + 1")]
+    assert score(*codes, row=number, sandbox=sandbox) == [1.0, 0.0]
 
 
 def test_state_between_calls_is_judged_as_in_one_process(sandbox):
@@ -178,16 +183,17 @@ def test_evil_solutions_cost_only_themselves(sandbox, tmp_path):
 
 
 def test_endless_loop_fails_alone(sandbox, monkeypatch):
-    monkeypatch.setattr(judge_code, "MIN_LIMIT_S", 1.0)
+    monkeypatch.setattr(judge_code, "GROUP_LIMIT_S", 1.0)
     assert score("def total(xs):\n    while True: pass\n", GOOD, sandbox=sandbox) == [0.0, 1.0]
 
 
-def test_slow_but_honest_solution_has_the_limit_per_sixth(sandbox, monkeypatch):
-    monkeypatch.setattr(judge_code, "MIN_LIMIT_S", 0.5)
+def test_slow_but_honest_solution_has_the_limit_for_all_inputs_together(sandbox, monkeypatch):
     row = TASK | {"base_input": [[[i]] for i in range(6)], "plus_input": []}
     wait = "    end = time.process_time() + 0.2\n    while time.process_time() < end: pass\n"
     slow = f"import time\ndef total(xs):\n{wait}    return sum(xs)\n"
-    assert score(slow, row=row, sandbox=sandbox) == [1.0]
+    for limit, passes in ((3.0, 1.0), (0.5, 0.0)):
+        monkeypatch.setattr(judge_code, "GROUP_LIMIT_S", limit)
+        assert score(slow, row=row, sandbox=sandbox) == [passes]
 
 
 # Responses and the verdicts that EvalPlus 0.3.1 gave their `sanitize`d code (`untrusted_check`); GOOD is `total`.
@@ -675,8 +681,8 @@ def model(tmp_path_factory):
 
 def test_interrupted_run_continues_at_the_first_missing_item(model, tmp_path):
     _, engine, tokenizer = model
-    run = partial(evaluate.run_suites, ["cruxeval-o:70"], engine, tokenizer, data_dir=write_bench(tmp_path),
-                  max_tokens=4, temperature=1.0, samples=2, seed=5)  # fmt: skip
+    loaded = evaluate.load_suites(["cruxeval-o:70"], write_bench(tmp_path))
+    run = partial(evaluate.run_suites, loaded, engine, tokenizer, max_tokens=4, temperature=1.0, samples=2, seed=5)
     whole = run(out_dir=tmp_path / "whole")
     path = tmp_path / "cut/responses/cruxeval-o.jsonl"
     text = (tmp_path / "whole/responses/cruxeval-o.jsonl").read_text()
@@ -693,8 +699,8 @@ def test_interrupted_run_continues_at_the_first_missing_item(model, tmp_path):
 def test_responses_of_other_weights_are_not_taken_for_the_models(model, tmp_path):
     folder, engine, tokenizer = model
     trained = shutil.copytree(folder, tmp_path / "trained")
-    run = partial(evaluate.run_suites, ["cruxeval-o:2"], engine, tokenizer, data_dir=write_bench(tmp_path),
-                  max_tokens=4, out_dir=tmp_path / "out", model=str(trained))  # fmt: skip
+    loaded, options = evaluate.load_suites(["cruxeval-o:2"], write_bench(tmp_path)), {"out_dir": tmp_path / "out"}
+    run = partial(evaluate.run_suites, loaded, engine, tokenizer, max_tokens=4, model=str(trained), **options)
     before = run()
     assert run() == before
     weights = load_file(trained / "model.safetensors")
@@ -757,7 +763,7 @@ def test_tasks_file_reports_kinds_and_depths(model, tmp_path):
              Task("induction", program, ["1", "2"], ["2", "3"], "adds one", 1, depth=2)]  # fmt: skip
     save_tasks(tmp_path / "held.jsonl", tasks)
     spec = f"tasks:{tmp_path / 'held.jsonl'}"
-    record = evaluate.run_suites([spec], engine, tokenizer, data_dir=tmp_path, max_tokens=4)[spec]
+    record = evaluate.run_suites(evaluate.load_suites([spec], tmp_path), engine, tokenizer, max_tokens=4)[spec]
     assert record["n"] == 3 and record["groups"]["depth2"]["n"] == 2 and set(record) >= {"formatted", "reasons_first"}
     flat = evaluate.flatten(record)
     assert flat["abduction/accuracy"] == 0.0 and [key for key in flat if "/" not in key] == ["accuracy"]
@@ -785,7 +791,7 @@ def test_kinds_of_a_file_are_asked_and_judged(model, tmp_path, capsys):
     assert evaluate.main([*command, "--tasks", f"deduction,{example}"]) == 0
     groups = json.loads((tmp_path / "out/results.json").read_text())[spec]["groups"]
     assert groups == {name: {"accuracy": 1.0, "n": 1} for name in ("deduction", "rewriting")}
-    record = evaluate.run_suites([spec], *model[1:], data_dir=tmp_path, kinds=kinds, max_tokens=4)[spec]
+    record = evaluate.run_suites(evaluate.load_suites([spec], tmp_path, kinds), *model[1:], max_tokens=4)[spec]
     assert record["n"] == 2 and record["accuracy"] == 0.0
     capsys.readouterr()
     for wrong, says in ((command, "held.jsonl, line 2"), ([*command, "--tasks", "divination"], "divination")):
