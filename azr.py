@@ -33,9 +33,9 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import trr
-from harness import checkpoint, metrics, report
+from harness import checkpoint, journal, metrics
 from harness.check import agree
-from harness.report import phase
+from harness.journal import phase
 from harness.start import SetupError, dry_run, interruptible, start, stop, uninterrupted
 from policy.engine import Completion, Engine
 from policy.memory import Plan
@@ -86,7 +86,7 @@ class Run:
     watch: metrics.Watch  # has read all records of metrics.jsonl
     step: int = 0
     saved: int = -1  # the step of the newest checkpoint
-    status: report.Status = field(default_factory=report.Status)  # the harness's own notes
+    status: journal.Status = field(default_factory=journal.Status)  # the harness's own notes
 
     def rng(self, step: int, purpose: str) -> random.Random:
         return random.Random(f"{self.config.seed}/{step}/{purpose}")
@@ -108,10 +108,10 @@ def train(run: Run) -> None:
             run.step = step
             if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
                 update |= measure(run)
-            record = report.log(run, proposals, attempts, update, time.perf_counter() - began)
+            record = journal.log(run, proposals, attempts, update, time.perf_counter() - began)
             collapsed = config.stop_on_collapse and bool(record["alarms"])
             checkpoint.save_due(run, record, last=collapsed or step == config.steps)
-            report.show(run, record, time.perf_counter() - began)
+            journal.show(run, record, time.perf_counter() - began)
 
 
 def play(run: Run, step: int) -> tuple[list[Rollout], list[Rollout]]:
@@ -215,7 +215,7 @@ def generate(run: Run, name: str, wanted: list[Rollout], step: int) -> list[Roll
             seed=run.rng(step, name).getrandbits(31),
             stop=STOP,
             logprobs=[not run.engine.is_policy and item.trains for item in wanted],
-            progress=report.token_rate(bar),
+            progress=journal.token_rate(bar),
         )
     pairs = zip(wanted, completions, strict=True)
     answered = [replace(item, completion=completion, count=1) for item, group in pairs for completion in group]
@@ -400,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
             if not run.watch.history:
                 begin(run)
             train(run)
-            report.finish(run)
+            journal.finish(run)
     except (KeyboardInterrupt, OSError, ValueError, RuntimeError) as error:
         return stop(error, run)
     print(f"smoke ok: {run.step} steps, run folder {run.folder}" if extra.smoke else f"run folder: {run.folder}")
@@ -410,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
 def begin(run: Run) -> None:
     """Before the first step: seed the buffers, measure the untrained model."""
     seed_buffers(run)
-    report.log_start(run, measure(run) if run.config.eval_every else {})
+    journal.log_start(run, measure(run) if run.config.eval_every else {})
     checkpoint.save(run, "checkpoint")
 
 

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: progress bars, logs, the status line, and the closing table with its curve.
+"""The journal of a run: progress bars, logs, the status line, and the closing table with its curve.
 
 What it leaves out: deciding anything. The files are listed in checkpoint.py, the metrics explained in docs/metrics.md.
 
