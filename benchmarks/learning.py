@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from buffers import Task, load_tasks  # noqa: E402
-from harness.journal import svg_plot  # noqa: E402
+from harness.plots import svg_plot  # noqa: E402
 from prompts import KINDS  # noqa: E402
 
 CONDITIONS = {

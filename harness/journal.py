@@ -1,4 +1,4 @@
-"""The journal of a run: progress bars, logs, the status line, and the closing table with its curve.
+"""The journal of a run: progress bars, logs, the status line, and the closing table.
 
 What it leaves out: deciding anything. The files are listed in checkpoint.py, the metrics explained in docs/metrics.md.
 
@@ -7,9 +7,6 @@ What it leaves out: deciding anything. The files are listed in checkpoint.py, th
 """
 
 import contextlib
-import io
-import math
-import re
 import resource
 import sys
 import time
@@ -22,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from buffers import save_tasks
-from harness import metrics
+from harness import metrics, report
 from harness.checkpoint import append
 from harness.metrics import mean
 from policy.memory import GB
@@ -193,59 +190,27 @@ def show(run, record: dict, seconds: float) -> None:
 
 
 def finish(run) -> None:
-    """Predicted and measured memory; when there were evaluations, before and after per task type, greedy and at T = 1,
-    and the curve."""
+    """Predicted and measured memory; before and after per task type, greedy and at T = 1, when there were evaluations;
+    the report. What the report lacks never stops a run that has ended well."""
     predicted, measured = peaks(run).values()
     print(f"peak memory: {predicted:.2f} GB predicted for responses of full length, {measured:.2f} GB measured")
     evaluated = [record for record in run.watch.history if "score" in record]
-    if len(evaluated) < 2:
-        return
-    print(comparison_table(evaluated[0], evaluated[-1]))
-    names = [key for key in evaluated[0] if re.fullmatch("eval/[^/]+(/(?!depth)[^/]+)?/accuracy", key)]
-    series = {key[5:-9]: [(record["step"], record[key]) for record in evaluated] for key in names}
-    (run.folder / "curve.svg").write_text(svg_plot(series, "Held-out accuracy", "accuracy"), encoding="utf-8")
-    print(f"curve: {run.folder / 'curve.svg'}")
+    if len(evaluated) > 1:
+        print(comparison_table(evaluated[0], evaluated[-1]))
+    try:
+        page = report.write(run.folder)
+        if (curve := page.with_name("curve.svg")).exists():
+            print(f"curve: {curve}")
+        print(f"report: {page}")
+    except (ValueError, OSError) as error:
+        print(f"no report: {error}")
 
 
 def comparison_table(before: Mapping, after: Mapping) -> str:
-    """Accuracy before, after, and the difference with its standard error, for every suite that both records of
-    metrics.jsonl have: per task type and their mean, or as a whole where a suite has no task types. The error is that
-    of two independent samples, which is larger than that of paired ones."""
+    """`metrics.compare` as a table: accuracy before, after, the difference and its standard error."""
     lines = [("", "before", "after", "change", "standard error")]
-    for suite in [key.removesuffix("/all/n") for key in before if key.endswith("/all/n") and key in after]:
-        groups = [key for key in after if re.fullmatch(rf"{re.escape(suite)}/(?!all/)[^/]+/n", key)]
-        rows = []
-        for count in groups or [f"{suite}/all/n"]:
-            key = count.replace("/all/n", "/n").removesuffix("n") + "accuracy"
-            old, new = before[key], after[key]
-            error = math.sqrt((old * (1 - old) + new * (1 - new)) / after[count])
-            rows.append((count.split("/")[-2] if groups else "", old, new, error))
-        if len(rows) > 1:
-            error = math.sqrt(sum(row[3] ** 2 for row in rows)) / len(rows)
-            rows.append(("mean", mean(row[1] for row in rows), mean(row[2] for row in rows), error))
-        label = suite.removeprefix("eval/")
-        lines += [(f"{label} {n}", f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{e:.3f}") for n, a, b, e in rows]
+    for row in metrics.compare(before, after):
+        name, change = f"{row.suite.removeprefix('eval/')} {row.group}", row.after - row.before
+        lines.append((name, f"{row.before:.3f}", f"{row.after:.3f}", f"{change:+.3f}", f"{row.error:.3f}"))
     width = max(len(line[0]) for line in lines)
     return "\n".join(f"{name:<{width}}{a:>8}{b:>8}{change:>9}   {error}" for name, a, b, change, error in lines)
-
-
-def svg_plot(series: Mapping, title: str, y_label: str, bands: Mapping | None = None) -> str:
-    """Curves over steps as an SVG, the same bytes every time. `series`: name -> [(step, value or None), ...]; `bands`:
-    name -> [(step, low, high), ...], drawn pale behind the curve of that name. Raises ValueError without any value."""
-    import matplotlib  # only here: it takes half a second to import
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(7.2, 4.0), layout="constrained").add_subplot(title=title, xlabel="step", ylabel=y_label)
-    points = {name: sorted((x, math.nan if y is None else y) for x, y in found) for name, found in series.items()}
-    if not any(math.isfinite(y) for found in points.values() for _, y in found):
-        raise ValueError("a plot needs at least one point with a finite value")
-    for name, found in points.items():
-        (line,) = axes.plot(*zip(*found, strict=True), marker="o", markersize=4, label=name)
-        if band := (bands or {}).get(name):
-            axes.fill_between(*zip(*sorted(band), strict=True), color=line.get_color(), alpha=0.18, linewidth=0)
-    axes.grid(color="#dddddd")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "azr", "svg.fonttype": "none"}):
-        axes.figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
