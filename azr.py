@@ -33,9 +33,9 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import trr
-from harness import checkpoint, metrics, report
+from harness import checkpoint, journal, metrics
 from harness.check import agree
-from harness.report import phase
+from harness.journal import phase
 from harness.start import SetupError, dry_run, interruptible, start, stop, uninterrupted
 from policy.engine import Completion, Engine
 from policy.memory import Plan
@@ -87,7 +87,7 @@ class Run:
     step: int = 0
     saved: int = -1  # the step of the newest checkpoint
     writes: bool = True  # False: another process of the same run writes its folder
-    status: report.Status = field(default_factory=report.Status)  # the harness's own notes
+    status: journal.Status = field(default_factory=journal.Status)  # the harness's own notes
 
     def rng(self, step: int, purpose: str) -> random.Random:
         return random.Random(f"{self.config.seed}/{step}/{purpose}")
@@ -124,10 +124,10 @@ def close_step(run: Run, proposals: list[Rollout], attempts: list[Rollout], upda
     admit(run, proposals)
     run.step += 1
     update |= measure(run)
-    record = report.log(run, proposals, attempts, update, time.perf_counter() - began)
+    record = journal.log(run, proposals, attempts, update, time.perf_counter() - began)
     ended = run.step == run.config.steps or (run.config.stop_on_collapse and bool(record["alarms"]))
     checkpoint.save_due(run, record, last=ended)
-    report.show(run, record, time.perf_counter() - began)
+    journal.show(run, record, time.perf_counter() - began)
     return ended
 
 
@@ -222,7 +222,7 @@ def generate(run: Run, name: str, wanted: list[Rollout], step: int) -> list[Roll
             seed=run.rng(step, name).getrandbits(31),
             stop=STOP,
             logprobs=[not run.engine.is_policy and item.trains for item in wanted],
-            progress=report.token_rate(bar),
+            progress=journal.token_rate(bar),
         )
     pairs = zip(wanted, completions, strict=True)
     answered = [replace(item, completion=completion, count=1) for item, group in pairs for completion in group]
@@ -402,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
             if not run.watch.history:
                 begin(run)
             train(run)
-            report.finish(run)
+            journal.finish(run)
     except (KeyboardInterrupt, OSError, ValueError, RuntimeError) as error:
         return stop(error, run)
     print(f"smoke ok: {run.step} steps, run folder {run.folder}" if extra.smoke else f"run folder: {run.folder}")
@@ -412,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
 def begin(run: Run) -> None:
     """Before the first step: seed the buffers, measure the untrained model."""
     seed_buffers(run)
-    report.log_start(run, measure(run))
+    journal.log_start(run, measure(run))
     checkpoint.save(run, "checkpoint")
 
 

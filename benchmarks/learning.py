@@ -31,7 +31,7 @@ from measuring import (
     summary,
 )
 
-from harness.report import svg_plot
+from harness.plots import svg_plot
 from prompts import KINDS
 
 CONDITIONS = {

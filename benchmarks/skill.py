@@ -26,7 +26,7 @@ from measuring import ROOT, advantage, call, head, measured, proposer, read_rows
 
 from buffers import load_tasks, save_tasks
 from harness.config import SKILL_MODEL
-from harness.report import svg_text
+from harness.plots import svg_text
 from prompts import KINDS
 from suites.compare import pass_at_k
 

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from executor import Executor
-from harness.report import held_bytes
+from harness.journal import held_bytes
 from policy import memory
 from policy.load import choose_engine, load_config, load_policy, make_engine
 from policy.optimizer import MasterAdamW

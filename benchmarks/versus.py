@@ -32,7 +32,7 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from harness.report import held_bytes
+from harness.journal import held_bytes
 from policy.logprobs import token_logprobs
 from policy.optimizer import MasterAdamW
 from trr import Sample, update

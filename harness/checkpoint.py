@@ -10,6 +10,7 @@
     RUN/checkpoint             -> checkpoint-000123: a Hugging Face model folder and trainer.pt (optimizer, step, RNG
                                   states, log sizes)
     RUN/best                   -> best-000100: the same for the best held-out score (--keep-best)
+    RUN/report.html            all of this to look at, in one file (report.py)
     RUN/curve.svg              held-out accuracy over the steps, once there were two evaluations
 
 A checkpoint is written to a temporary name, renamed, and only then does the link `checkpoint` move: a kill or a full
@@ -46,10 +47,11 @@ def append(path: Path, records: list[dict]) -> None:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def read_log(path: Path) -> list[dict]:
-    """The records of a JSONL log. Raises ValueError naming the line that is none."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+def read_log(path: Path, torn: bool = False) -> list[dict]:
+    """The records of a JSONL log; `torn`: but for a last line that is being written, or was when the run was killed.
+    Raises ValueError naming the line that is none."""
+    records, text = [], path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate((text[: text.rfind("\n") + 1] if torn else text).splitlines(), 1):
         try:
             record = json.loads(line)
             records.append(record | {"step": int(record["step"])})

@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain, pairwise
+from typing import NamedTuple
 
 from buffers import Buffer
 from prompts import Kind
@@ -115,6 +116,42 @@ def buffer_metrics(buffers: Mapping[str, Buffer]) -> dict[str, float]:
         if len(buffer):
             metrics[f"buffer/{kind}/nodes_mean"] = mean(program_shape(task.program)[1] for task in buffer)
     return metrics
+
+
+class Change(NamedTuple):
+    """An accuracy in two records, each with its standard error; that of the difference is theirs of two independent
+    samples, which is larger than that of paired ones."""
+
+    suite: str
+    group: str  # a task type, "mean" of them, or "" where a suite has none
+    before: float
+    after: float
+    before_error: float
+    after_error: float
+
+    @property
+    def error(self) -> float:
+        return math.hypot(self.before_error, self.after_error)
+
+
+def compare(before: Mapping, after: Mapping) -> list[Change]:
+    """What changed in every suite that two records of metrics.jsonl both have: per task type and in their mean, or as a
+    whole where a suite has no task types."""
+    changes: list[Change] = []
+    for suite in [key.removesuffix("/all/n") for key in before if key.endswith("/all/n") and key in after]:
+        groups = [key for key in after if re.fullmatch(rf"{re.escape(suite)}/(?!all/)[^/]+/n", key)]
+        rows = []
+        for count in groups or [f"{suite}/all/n"]:
+            key = count.replace("/all/n", "/n").removesuffix("n") + "accuracy"
+            accuracies = (before[key], after[key])
+            errors = [math.sqrt(accuracy * (1 - accuracy) / after[count]) for accuracy in accuracies]
+            rows.append(Change(suite, count.split("/")[-2] if groups else "", *accuracies, *errors))
+        if len(rows) > 1:
+            means = [mean(values) for values in zip(*(row[2:4] for row in rows), strict=True)]
+            errors = [math.hypot(*values) / len(rows) for values in zip(*(row[4:] for row in rows), strict=True)]
+            rows.append(Change(suite, "mean", *means, *errors))
+        changes += rows
+    return changes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

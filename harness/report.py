@@ -1,268 +1,226 @@
-"""What a run shows and leaves behind: progress bars, logs, the status line, and the closing table with its curve.
+"""A run in one file to open and to show: RUN/report.html, which needs no network, and the picture RUN/curve.svg.
 
-What it leaves out: deciding anything. The files are listed in checkpoint.py, the metrics explained in docs/metrics.md.
+What it does: reads what a run has written so far (it may be going on, or was killed), draws its curves with matplotlib
+and fills the template report.html: the result and what it does not show, curves, the curriculum, the tasks with their
+lineage, sampled rollouts, the paper's behaviours, alarms, configuration. What a model wrote is escaped.
+What it leaves out: what would make the file too large; the page says how much that is.
+Paper: section 4 (Figures 4 to 6, behaviours that emerge, the "uh-oh moment").
 
-    with phase(run, "solve", total) as bar: ...
-    record = log(run, proposals, attempts, update, seconds); show(run, record, seconds); finish(run)
+    python -m harness.report runs/NAME
 """
 
-import contextlib
-import io
+import base64
+import hashlib
+import json
 import math
+import random
 import re
-import resource
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
+from jinja2 import Environment, StrictUndefined, UndefinedError
+from markupsafe import Markup, escape
 
-from buffers import save_tasks
-from harness import metrics
-from harness.checkpoint import append
-from harness.metrics import mean
-from policy.memory import GB
+from harness.checkpoint import read_log, write_atomically
+from harness.config import Config, flag
+from harness.metrics import compare
+from harness.plots import inline, svg_histograms, svg_plot, thin
+from policy.dialogue import Tags, fenced_blocks, read_tags, split_response
 
-# ---------------------------------------------------------------------------------------------------------------------
-# While a step runs
-
-
-@dataclass
-class Status:
-    """What the harness notes of a run: nothing in it decides what is learnt."""
-
-    phase: str = ""  # the one that runs now
-    seconds: Counter = field(default_factory=Counter)  # per phase of the current step
-    peak: int = 0  # most bytes held so far, to set beside the plan's peak
-    halfway: bool = False  # the policy may be in the middle of an update: not a state to save
-    stopping: bool = False  # Ctrl-C or SIGTERM came while a step was being finished
-    board: object = None  # the TensorBoard writer, once there is something to write
-
-
-@contextlib.contextmanager
-def phase(run, name: str, total: int) -> Iterator[tqdm]:
-    """A progress bar for one phase of a step; its seconds and what it held of the memory go into the step's record."""
-    began, run.status.phase = time.perf_counter(), name
-    with tqdm(total=total, desc=f"step {run.step + 1} {name}", leave=False, disable=None) as bar:
-        yield bar
-    run.status.seconds[name] += time.perf_counter() - began
-    run.status.peak = max(run.status.peak, held_bytes(run.policy.device.type))
-
-
-def token_rate(bar: tqdm) -> Callable[[int, int], None]:
-    """What an engine calls with (sequences, tokens) newly done: they go into the bar, the tokens as a rate."""
-    tokens = 0
-
-    def progress(sequences: int, new_tokens: int) -> None:
-        nonlocal tokens
-        tokens += new_tokens
-        bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
-        bar.update(sequences)
-
-    return progress
-
-
-def held_bytes(device: str) -> int:
-    """Bytes held of the card, as the driver counts them: at the end of a phase torch's cache still has the phase's peak
-    (torch's own counts go on including the memory of an engine that sleeps). On a CPU the most this process has had
-    resident so far."""
-    if device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        return total - free
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would also count what the parent held when it started this process
-        return next(int(x.split()[1]) for x in status.read_text().splitlines() if x.startswith("VmHWM")) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
+TABLE, STEP, MOST = 1_080_000, 20_000, 5_000_000  # bytes of the table of tasks: at least, per step, at most
+ROLLOUTS = 120_000  # bytes of the sampled rollouts, and as many of the flagged texts
+ROW = 400  # bytes of a row of either beside its texts
+LONGEST = 4_000  # characters of one task in the table
+LINE = 4  # generations of a lineage
+SHARES = 10  # points of a curve of sampled texts, each the share in several steps
+HELD_OUT = "eval/([^/]+(?:/(?!depth)[^/]+)?)/accuracy"
+TRIES = re.compile(r"\b(try|tries|trying|suppose|assume|guess|what if|let'?s (take|test|say)|start with)\b", re.I)
+CHECKS = re.compile(r"\b(check\w*|verif\w+|match\w*|gives?|returns?|equals?|works?|wrong|too (big|small|long))\b", re.I)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# After a step
+# What a run has written
 
 
-def log_start(run, update: dict) -> None:
-    """The seeds in their buffers, and the record of step 0; `update`: the evaluation of the untrained model."""
-    record = {"step": 0, **metrics.buffer_metrics(run.buffers), **update}
-    run.watch.remember(record)
-    if not run.writes:
-        return
-    (run.folder / "buffers").mkdir(exist_ok=True)
-    for kind, buffer in run.buffers.items():
-        save_tasks(run.folder / f"buffers/{kind}.jsonl", buffer)
-    append(run.folder / "metrics.jsonl", [record])
-    write_tensorboard(run, record)
-
-
-def log(run, proposals: Sequence, attempts: Sequence, update: dict, seconds: float) -> dict:
-    """The flat record of a step, which the watch reads. It goes into metrics.jsonl, every proposal into tasks.jsonl,
-    some full texts into rollouts.jsonl (`write`)."""
-    config, step = run.config, run.step
-    rollouts = [*proposals, *attempts]
-    record = {
-        "step": step,
-        "valid_share": mean(item.task is not None for item in proposals),
-        "solve_rate": mean(item.correct for item in attempts),
-        **update,
-        **metrics.cell_metrics(rollouts, config.kinds, config.rollouts),
-        **metrics.buffer_metrics(run.buffers),
-    }
-    flagged = [(item, names) for item in rollouts if (names := metrics.flags(item))]
-    record["flagged"] = len(flagged)
-    record["alarms"] = run.watch.remember(record)
-    timing = {f"seconds/{name}": round(value, 3) for name, value in (*run.status.seconds.items(), ("step", seconds))}
-    timing["generated_tokens"] = sum(len(item.completion.token_ids) for item in rollouts)
-    timing |= {name: round(value, 3) for name, value in peaks(run).items()}
-    if run.writes:
-        write(run, proposals, rollouts, record, timing, flagged)
-    return record
-
-
-def write(run, proposals: Sequence, rollouts: Sequence, record: dict, timing: dict, flagged: Sequence) -> None:
-    """A step into the logs of the run folder."""
-    config, step, folder = run.config, run.step, run.folder
-    append(folder / "metrics.jsonl", [record])
-    append(folder / "timing.jsonl", [{"step": step, **timing}])
-    append(folder / "tasks.jsonl", [proposal_record(item) for item in proposals])
-    for kind in run.buffers:
-        entered = [asdict(item.task) for item in proposals if item.admitted and item.kind == kind]
-        append(folder / f"buffers/{kind}.jsonl", entered)
-    sampled = run.rng(step, "log").sample(rollouts, min(config.log_rollouts, len(rollouts)))
-    append(folder / "rollouts.jsonl", [rollout_record(item) for item in sampled])
-    append(folder / "flagged.jsonl", [{"flags": names, **rollout_record(item)} for item, names in flagged])
-    write_tensorboard(run, record | timing)
-
-
-def peaks(run) -> dict[str, float]:
-    """Peak memory in GB, of the card or of this process: predicted, where it was planned, and measured so far."""
-    predicted = {"predicted_peak_gb": max(run.plan.train_peak, run.plan.rollout_peak) / GB} if run.plan else {}
-    return predicted | {"peak_gb": run.status.peak / GB}
-
-
-def proposal_record(item) -> dict:
-    names = ("step", "kind", "verdict", "solve_rate", "reward", "admitted")
-    record = {name: getattr(item, name) for name in names}
-    record["references"] = [reference.id for reference in item.references]
-    if item.task is None:
-        return record | {"answer": item.parts.answer}
-    record |= {name: getattr(item.task, name) for name in ("id", "program", "inputs", "outputs")}
-    return record | ({"message": item.task.message} if item.task.message else {})
-
-
-def rollout_record(item) -> dict:
-    names = ("step", "role", "kind", "verdict", "correct", "reward", "advantage", "trains", "prompt", "response")
-    return {name: getattr(item, name) for name in names} | {"formatted": item.parts.formatted}
-
-
-def write_tensorboard(run, record: dict) -> None:
-    """Scalars for TensorBoard where it is installed; metrics.jsonl holds everything in any case."""
+def read_run(folder: Path) -> dict:
+    """config.json and the whole lines of the logs. Raises ValueError where there is no run, or none to show yet."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run folder: it has no config.json; give the folder of a run")
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return
-    if (
-        run.status.board is None
-    ):  # one for the whole run: each makes a file of its own, which TensorBoard reads one by one
-        run.status.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step)
-    for name, value in record.items():
-        if isinstance(value, int | float):
-            run.status.board.add_scalar(name, value, run.step)
-    run.status.board.flush()
+        run = {"about": json.loads(path.read_text(encoding="utf-8"))}
+    except ValueError:
+        raise ValueError(f"{path} is damaged; restore it") from None
+    for name in ("metrics", "timing", "tasks", "rollouts", "flagged"):
+        path = folder / f"{name}.jsonl"
+        run[name] = read_log(path, torn=True) if path.exists() else []
+    if not run["metrics"]:
+        raise ValueError(f"{folder} has no record of a step yet; look again when its buffers are seeded")
+    seeds: dict[str, dict] = {}  # the same one is in several buffers; without seeds.jsonl, --seeds gave them
+    for path in (folder / "seeds.jsonl", *sorted(folder.glob("buffers/*.jsonl"))):
+        for task in read_log(path, torn=True) if path.exists() else ():
+            if task["step"] == 0:
+                seeds.setdefault(task["id"], task | {"verdict": "seed", "admitted": True})
+    names = dict.fromkeys(key for record in run["metrics"] for key in record)  # a file that --tasks named may be gone
+    kinds = [found[1] for name in names if (found := re.fullmatch("(?:propose|solve)/([^/]+)/count", name))]
+    kinds = kinds or [found[1] for name in names if (found := re.fullmatch("buffer/([^/]+)/size", name))]
+    return run | {"seeds": list(seeds.values()), "kinds": list(dict.fromkeys(kinds))}
 
 
-def show(run, record: dict, seconds: float) -> None:
-    """One status line on the terminal, and the alarms."""
+def series(records: Iterable[Mapping], keys: str, kinds: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """Name -> [(step, value), ...] of the keys that match a pattern, whose group is the name: only its last part where
+    that is a task type. All kinds come first, so that each has the same colour in every picture."""
+    found: dict[str, list] = {kind: [] for kind in kinds}
+    owners: dict[str, str] = {}  # of two suites with the same kinds, the first gets the short names
+    for record in records:
+        for key, value in record.items():
+            if match := re.fullmatch(keys, key):
+                kind = match[1].split("/")[-1]
+                short = kind in found and owners.setdefault(kind, match[1]) == match[1]
+                found.setdefault(kind if short else match[1], []).append((record["step"], value))
+    return {name: thin(points) for name, points in found.items()}
 
-    def rewards(role: str) -> str:  # of the kinds that had any: with --control fixed nothing is proposed
-        means = [record.get(f"{role}/{kind}/reward_mean") for kind in run.config.kinds]
-        found = [f"{mean:+.2f}" for mean in means if mean is not None]
-        return f" {role} {' '.join(found)}" if found else ""
 
-    shown = (("entropy", "entropy", ".3f"), ("grad", "grad_norm", ".2f"), ("mismatch", "mismatch", ".4f"))
-    policy = " ".join(  # a value is absent where nothing was trained, or where the engine is the policy itself
-        f"{label} {record[f'update/{name}']:{form}}" for label, name, form in shown if f"update/{name}" in record
-    )
-    valid = "" if run.config.control == "fixed" else f"valid {record['valid_share']:.0%} "
-    phases = " ".join(f"{name} {value:.1f}" for name, value in run.status.seconds.items())
-    remaining = int((run.config.steps - run.step) * seconds)
-    print(
-        f"step {run.step}/{run.config.steps} | reward{rewards('propose')}{rewards('solve')} | "
-        f"{valid}solved {record['solve_rate']:.0%} | {policy} | "
-        f"{phases} s | ETA {remaining // 60}:{remaining % 60:02d}"
-    )
-    for alarm in record["alarms"]:
-        print(f"ALARM at step {record['step']}: {alarm}")
-    if record["alarms"] and run.config.stop_on_collapse:
-        print(f"stopped by --stop-on-collapse after step {run.step}; its checkpoint is {run.folder / 'checkpoint'}")
+def behaviours(rollouts: Iterable[Mapping], tags: Tags) -> dict[str, dict[str, list]]:
+    """What the paper saw emerge, in the sampled solving responses: name -> kind -> [(step, seen or not), ...].
+    plans: a program of the answer has two lines of comments or more; tries: a thought has words of trying a value,
+    then of checking it."""
+    seen: dict[str, dict] = {"plans": defaultdict(list), "tries": defaultdict(list)}
+    for item in (item for item in rollouts if item["role"] == "solve"):
+        text = split_response(item["response"], tags=tags)
+        if programs := [content for label, content in fenced_blocks(text.answer) if label == "python"]:
+            comments = re.findall(r"^\s*#", programs[0], re.MULTILINE)
+            seen["plans"][item["kind"]].append((item["step"], len(comments) > 1))
+        if thought := text.think if text.formatted else item["response"]:
+            tried = TRIES.search(thought)
+            seen["tries"][item["kind"]].append((item["step"], bool(tried and CHECKS.search(thought, tried.end()))))
+    return seen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# After the last step
+# Tasks and their lineage
 
 
-def finish(run) -> None:
-    """Predicted and measured memory; when there were evaluations, before and after per task type, greedy and at T = 1,
-    and the curve."""
-    *predicted, measured = peaks(run).values()
-    planned = "".join(f"{peak:.2f} GB predicted for responses of full length, " for peak in predicted)
-    print(f"peak memory: {planned}{measured:.2f} GB measured")
-    evaluated = [record for record in run.watch.history if "score" in record]
-    if len(evaluated) < 2 or not run.writes:
-        return
-    print(comparison_table(evaluated[0], evaluated[-1]))
-    names = [key for key in evaluated[0] if re.fullmatch("eval/[^/]+(/(?!depth)[^/]+)?/accuracy", key)]
-    series = {key[5:-9]: [(record["step"], record[key]) for record in evaluated] for key in names}
-    (run.folder / "curve.svg").write_text(svg_plot(series, "Held-out accuracy", "accuracy"), encoding="utf-8")
-    print(f"curve: {run.folder / 'curve.svg'}")
+def with_lineage(tasks: Iterable[Mapping]) -> list[dict]:
+    """The rows of the table, in the order in which they were made. `parents`: the rows of the tasks that the proposer
+    was shown; `generation`: the length of the longest line back to a task that was made from none; `line`: the first
+    rows of that line, nearest first."""
+    rows, known = [], {}
+    for task in tasks:
+        parents = [known[name] for name in task["references"] if name in known]
+        eldest = max(parents, key=lambda row: row["generation"], default=None)
+        row = {"number": len(rows), "parents": parents, "generation": 0, "line": [], "reward": None, **task}
+        if eldest:
+            row |= {"generation": eldest["generation"] + 1, "line": [eldest, *eldest["line"]][:LINE]}
+        rows.append(row | {"text": task_text(task)})
+        known.setdefault(row.get("id"), rows[-1])
+    return rows
 
 
-def comparison_table(before: Mapping, after: Mapping) -> str:
-    """Accuracy before, after, and the difference with its standard error, for every suite that both records of
-    metrics.jsonl have: per task type and their mean, or as a whole where a suite has no task types. The error is that
-    of two independent samples, which is larger than that of paired ones."""
-    lines = [("", "before", "after", "change", "standard error")]
-    for suite in [key.removesuffix("/all/n") for key in before if key.endswith("/all/n") and key in after]:
-        groups = [key for key in after if re.fullmatch(rf"{re.escape(suite)}/(?!all/)[^/]+/n", key)]
-        rows = []
-        for count in groups or [f"{suite}/all/n"]:
-            key = count.replace("/all/n", "/n").removesuffix("n") + "accuracy"
-            old, new = before[key], after[key]
-            error = math.sqrt((old * (1 - old) + new * (1 - new)) / after[count])
-            rows.append((count.split("/")[-2] if groups else "", old, new, error))
-        if len(rows) > 1:
-            error = math.sqrt(sum(row[3] ** 2 for row in rows)) / len(rows)
-            rows.append(("mean", mean(row[1] for row in rows), mean(row[2] for row in rows), error))
-        label = suite.removeprefix("eval/")
-        lines += [(f"{label} {n}", f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{e:.3f}") for n, a, b, e in rows]
-    width = max(len(line[0]) for line in lines)
-    return "\n".join(f"{name:<{width}}{a:>8}{b:>8}{change:>9}   {error}" for name, a, b, change, error in lines)
+def task_text(task: Mapping) -> str:
+    if "program" not in task:
+        return cut(task["answer"] or "(no answer)")
+    pairs = zip(task["inputs"], task["outputs"], strict=True)
+    return cut("\n".join([task["program"], "", *(f"f({given}) -> {output}" for given, output in pairs)]))
 
 
-def svg_plot(series: Mapping, title: str, y_label: str, bands: Mapping | None = None) -> str:
-    """Curves over steps as an SVG, the same bytes every time. `series`: name -> [(step, value or None), ...]; `bands`:
-    name -> [(step, low, high), ...], drawn pale behind the curve of that name. Raises ValueError without any value."""
-    from matplotlib.figure import Figure  # only here: it takes half a second to import
-
-    axes = Figure(figsize=(7.2, 4.0), layout="constrained").add_subplot(title=title, xlabel="step", ylabel=y_label)
-    points = {name: sorted((x, math.nan if y is None else y) for x, y in found) for name, found in series.items()}
-    if not any(math.isfinite(y) for found in points.values() for _, y in found):
-        raise ValueError("a plot needs at least one point with a finite value")
-    for name, found in points.items():
-        (line,) = axes.plot(*zip(*found, strict=True), marker="o", markersize=4, label=name)
-        if band := (bands or {}).get(name):
-            axes.fill_between(*zip(*sorted(band), strict=True), color=line.get_color(), alpha=0.18, linewidth=0)
-    axes.grid(color="#dddddd")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return svg_text(axes.figure)
+def cut(text: str) -> str:
+    more = len(text) - LONGEST
+    return f"{text[:LONGEST]}\n... and {more} characters more, in tasks.jsonl" if more > 0 else text
 
 
-def svg_text(figure) -> str:
-    """A matplotlib figure as the text of an SVG, the same bytes every time."""
-    import matplotlib
+def choose(rows: list[dict], texts: Sequence[str], limit: int) -> list[dict]:
+    """Rows of all steps alike, each with the line it comes from, that take `limit` bytes or less on the page."""
+    chosen: dict[int, dict] = {}
+    for row in random.Random(0).sample(rows, len(rows)):
+        new = [item for item in (row, *row.get("line", ())) if id(item) not in chosen]
+        limit -= sum(ROW + len(escape("".join(item.get(name, "") for name in texts)).encode()) for item in new)
+        if limit < 0:
+            break
+        chosen |= {id(item): item for item in new}
+    return [row for row in rows if id(row) in chosen]
 
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "azr", "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def figure(found: Mapping) -> dict:
+    """Curves for the template, with (colour, name) of each; empty where there is nothing to draw."""
+    drawn = [any(math.isfinite(value) for _, value in points) for points in found.values()]
+    legend = [(number % 10, name) for number, name in enumerate(found) if drawn[number]]
+    return {"legend": legend, "svg": Markup(inline(svg_plot(found, small=True)))} if legend else {}
+
+
+def histogram(records: Iterable[Mapping], kind: str, colour: str) -> dict:
+    """The same of how often the new tasks of a type were solved."""
+    key = f"propose/{kind}/solve_rate_hist"
+    found = [(record["step"], record[key]) for record in records if key in record]
+    return {"legend": [(colour[1:], kind)], "svg": Markup(inline(svg_histograms(found, colour)))} if found else {}
+
+
+def write(folder: Path) -> Path:
+    """Write report.html and, after two evaluations, curve.svg; returns the page's path. Raises ValueError with one
+    sentence where there is nothing to show, or nothing to draw with."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"it needs matplotlib; pip install matplotlib, then python -m harness.report {folder}")
+    try:
+        page, curve = compose(read_run(folder), folder.resolve().name)
+    except (LookupError, TypeError, AttributeError, UndefinedError) as error:
+        raise ValueError(f"{folder} has records that no run writes ({error!r}); restore its files") from error
+    if curve:
+        write_atomically(folder / "curve.svg", curve)
+    write_atomically(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def compose(run: dict, name: str) -> tuple[str, str]:
+    """The page, and the picture of held-out accuracy ("" before the second evaluation)."""
+    records, kinds, about = run["metrics"], run["kinds"], run["about"]
+    evaluated = [record for record in records if "score" in record]
+    tasks, seen = with_lineage([*run["seeds"], *run["tasks"]]), behaviours(run["rollouts"], read_tags(about["tags"]))
+    table = choose(tasks, ("text", "message"), min(max(TABLE, STEP * records[-1]["step"]), MOST))
+    defaults = {item.name: item.default for item in fields(Config)}
+    source = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    script = re.search("<script>(.*?)</script>", source, re.DOTALL)[1]
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = page.from_string(source).render(
+        run,
+        name=name,
+        last=records[-1],
+        evaluated=evaluated,
+        changes=compare(evaluated[0], evaluated[-1]) if len(evaluated) > 1 else [],
+        held_out=HELD_OUT,
+        curve=lambda keys: figure(series([*records, *run["timing"]], keys, kinds)),
+        solved=lambda kind: histogram(records, kind, f"C{kinds.index(kind) % 10}"),
+        seen=lambda what: figure({kind: thin(seen[what][kind], SHARES) for kind in kinds}),
+        counted=lambda what: ", ".join(f"{len(points)} {kind}" for kind, points in seen[what].items()),
+        tasks=tasks,
+        shown_tasks=table,
+        on_page={row["number"] for row in table},
+        shown_rollouts=choose(run["rollouts"], ("prompt", "response"), ROLLOUTS),
+        shown_flagged=choose(run["flagged"], ("prompt", "response"), ROLLOUTS),
+        options=[(flag(key), value, defaults.get(key, value)) for key, value in about["config"].items()],
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    curve = series(evaluated, HELD_OUT, kinds) if len(evaluated) > 1 else {}
+    return text, curve and svg_plot(curve, "Held-out accuracy", "accuracy")
+
+
+def main(arguments: list[str]) -> int:
+    """The command line: one run folder. Returns 2 after one sentence on what to change."""
+    try:
+        if len(arguments) != 1:
+            raise ValueError("give the folder of one run: python -m harness.report runs/NAME")
+        print(write(Path(arguments[0])))
+    except (ValueError, OSError) as error:
+        print(f"no report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,7 @@
 What it does: `dry_run` prints the plan of a run; `start` loads all it needs, after --resume with every state of the
 last finished step, and checks the model; `interruptible` and `uninterrupted` let Ctrl-C and SIGTERM stop it without
 losing a step; `stop` says what went wrong in one sentence.
-What it leaves out: the algorithm (azr.py) and what is written down (report.py).
+What it leaves out: the algorithm (azr.py) and what is written down (journal.py).
 
     config, extra = parse(["--model", "PATH"]); run = azr.Run(**start(config, resume=None))
 """

@@ -1,4 +1,4 @@
-"""metrics.py and report.py: metrics against hand counts, alarms on flat and falling series, a picture parsed back."""
+"""metrics.py and journal.py: metrics against hand counts, alarms on flat and falling series, a picture parsed back."""
 
 import ast
 import random
@@ -11,8 +11,9 @@ import pytest
 
 from buffers import Buffer, Task
 from harness import metrics
+from harness.journal import comparison_table
 from harness.metrics import Watch, buffer_metrics, flags, program_shape
-from harness.report import comparison_table, svg_plot
+from harness.plots import svg_plot
 from policy.dialogue import Parts, split_response
 from prompts import KINDS
 
