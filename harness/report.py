@@ -32,7 +32,7 @@ from harness.plots import inline, svg_histograms, svg_plot, thin
 from policy.dialogue import Tags, fenced_blocks, read_tags, split_response
 
 TABLE, STEP, MOST = 1_080_000, 20_000, 5_000_000  # bytes of the table of tasks: at least, per step, at most
-ROLLOUTS = 120_000  # bytes of the sampled rollouts, and as many of the flagged texts
+ROLLOUTS = 100_000  # bytes of the sampled rollouts, and as many of the flagged texts
 ROW = 400  # bytes of a row of either beside its texts
 LONGEST = 4_000  # characters of one task in the table
 LINE = 4  # generations of a lineage

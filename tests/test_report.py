@@ -243,6 +243,7 @@ def test_the_size_is_bounded_and_the_page_says_what_was_left_out(run_copy, steps
     )
     assert total > 50 * steps and re.search(rf"[\d,]+ of {total:,} tasks, an even sample of all steps", page.text)
     assert shown > (1000 if steps == 40 else 5000)
+    assert ("a point stands for the mean of 5 steps" in page.text) == (steps == 500)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +279,9 @@ def test_pictures_for_a_page_leave_their_colours_to_it():
     svg = inline(svg_plot({"a": [(0, 1.0)], "none": [], "b": [(0, 0.0), (1, 2.0)]}, small=True))
     assert svg.startswith("<svg") and "var(--c0)" in svg and "var(--c2)" in svg and "var(--c1)" not in svg
     assert not re.search("#[0-9a-f]{6}|font-family|<metadata", svg) and "currentColor" in svg
+    close = svg_plot({"a": [(0, 0.8123), (1, 0.8126)]}, small=True)
+    ticks = re.findall(r">([\d.]+)</text>", inline(close))
+    assert ticks == re.findall(r">([\d.]+)</text>", close) and max(map(len, ticks)) > 5  # not cut like coordinates
     svg = inline(svg_histograms([(1, [0, 2, 0]), (2, [1, 0, 1])], "C1"))
     assert svg.count("fill: var(--c1)") == 3
 
