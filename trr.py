@@ -251,7 +251,7 @@ def collate(samples: Sequence[Sample], rows: Sequence[int], packed: bool, device
 
 
 @contextmanager
-def _training(policy: PreTrainedModel, packed: bool) -> Iterator[None]:
+def training(policy: PreTrainedModel, packed: bool) -> Iterator[None]:
     """The attention that fits the layout, and no dropout: with one step per batch the policy that sampled is the one
     that is differentiated. Gradient checkpointing wants its layers in training mode, in which some of them call dropout
     themselves. All is put back."""
@@ -383,7 +383,7 @@ def update(
             token_budget //= 2
             print(f"the update ran out of memory: again with {token_budget} tokens per micro-batch", file=sys.stderr)
 
-    with _training(policy, packed):
+    with training(policy, packed):
         for rows in parts if minibatches > 1 else ():
             each(remember, rows)
         for rows in filter(None, parts):
@@ -391,10 +391,25 @@ def update(
             norms.append(optimizer.step(lr, grad_clip))
 
     trained = [i for part in parts for i in part]
+    return summarise(samples, trained, reports, row_entropy, norms, minibatches, options.get("tis_cap"))
+
+
+def summarise(
+    samples: Sequence[Sample],
+    trained: Sequence[int],
+    reports: Sequence[dict[str, Tensor]],
+    row_entropy: Tensor,
+    norms: Sequence[float],
+    minibatches: int = 1,
+    tis_cap: float | None = None,
+) -> UpdateResult:
+    """What an update reports. `trained`: indices of the rows that were computed; `reports`: those of `objective`, one
+    per micro-batch; `row_entropy` (R,): summed over each row's tokens; `norms`: of each optimizer step's gradient."""
+    sizes = [len(s.response_ids) for s in samples]
     count, known = (sum(sizes[i] for i in trained if every or samples[i].engine_logprobs) for every in (True, False))
     over = dict.fromkeys(("ratio", "clip_low", "clip_high", "entropy"), count)
     over |= {"mismatch": known, "loss": minibatches if reports else 0}
-    if options.get("tis_cap") is not None:
+    if tis_cap is not None:
         over |= {"tis_mean": known, "tis_truncated": known, "tis_max": min(known, 1)}
     total = {name: torch.stack([report[name] for report in reports]) for name, n in over.items() if n}
     means = {name: float(t.max() if name == "tis_max" else t.sum()) / over[name] for name, t in total.items()}
