@@ -2,7 +2,7 @@
 
 What it does: the self-play loop of Algorithm 1. Every step proposes tasks, lets the executor validate them, measures
 how often the model itself solves them, trains both roles with TRR++ and hands the new weights to the engine.
-What it leaves out: more than one GPU, human data, a value network, and a KL term (the paper has none either).
+What it leaves out: more than one GPU (scale/), human data, a value network, and a KL term (the paper has none either).
 Paper: arXiv 2505.03335, Algorithm 1 and sections 3.1 to 3.3. Every option: `python azr.py --help`.
 
     python azr.py                                   # the embedded tiny model, minutes on a laptop
@@ -276,7 +276,7 @@ def give_rewards(run: Run, proposals: list[Rollout], attempts: list[Rollout], st
         item.reward, item.advantage = reward, advantage
 
 
-def learn(run: Run, rollouts: list[Rollout], step: int) -> dict:
+def learn(run: Run, rollouts: list[Rollout], step: int, update=trr.update) -> dict:
     """An update with all cells together (paper equation 9), then the engine gets the new weights."""
     config = run.config
     rows = [item for item in rollouts if item.trains]
@@ -284,10 +284,10 @@ def learn(run: Run, rollouts: list[Rollout], step: int) -> dict:
     sampled = [(item.prompt_ids, item.completion, item.advantage) for item in rows]
     samples = [trr.Sample(prompt, found.token_ids, gain, found.logprobs) for prompt, found, gain in sampled]
     with phase(run, "update", sum(map(len, samples))) as bar:
-        result = trr.update(
+        result = update(
             run.policy, run.optimizer, samples, minibatches=config.minibatches, loss_mean=config.loss_mean,
             lr=learning_rate(step - 1, config.lr, config.warmup, config.steps, config.lr_decay),
-            grad_clip=config.grad_clip, token_budget=run.plan.token_budget, vocab_size=run.engine.vocab_size,
+            grad_clip=config.grad_clip, token_budget=config.token_budget, vocab_size=run.engine.vocab_size,
             progress=bar.update, **config.objective,
         )  # fmt: skip
     agree(run.engine, result.mismatch)

@@ -56,6 +56,7 @@ def prepare(config: Config, card: float = 0.0, fresh=True, whole=False) -> tuple
         prompts, more = inspect_tokenizer(config, tokenizer, fresh)
         checked |= more
     plan = choose_plan(config, hf_config, card)
+    config = replace(config, token_budget=plan.token_budget)
     print(f"{config.steps} steps of self-play with {config.model}, {pace(config, plan, bool(card))}")
     if whole:
         describe(config, plan, card)
@@ -321,7 +322,7 @@ def stop(error: BaseException, run) -> int:
     if isinstance(error, RuntimeError) and ran_out_of_memory(error):
         where, lower = "at the start", "--memory, or choose a smaller --model"
         if run:
-            lower = f"--token-budget (now {run.plan.token_budget})" if run.status.phase == "update" else "--memory"
+            lower = f"--token-budget (now {run.config.token_budget})" if run.status.phase == "update" else "--memory"
             where, lower = f"in {run.status.phase}", f"{lower} or --max-response, {again}"
         message = f"out of memory {where} ({first_line(error)}); lower {lower}"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -102,19 +102,3 @@ def logit_scale(config) -> float:
         raise ValueError("This model caps its logits (as Gemma 2), which the update does not: train another --model.")
     factors = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier")]
     return math.prod(factors) / (getattr(config, "logits_scaling", None) or 1.0)
-
-
-def ran_out_of_memory(error: Exception) -> bool:
-    """Whether torch found no memory: on a card it raises a class of its own, in host memory only the text says so."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def logit_scale(config) -> float:
-    """What a model multiplies its logits with (Granite, Cohere, Falcon-H1). Raises ValueError for one that bends them.
-    The check at start (harness/check.py) finds what goes by other names."""
-    if any(
-        getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    ):
-        raise ValueError("This model caps its logits (as Gemma 2), which the update does not: train another --model.")
-    factors = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier")]
-    return math.prod(factors) / (getattr(config, "logits_scaling", None) or 1.0)
