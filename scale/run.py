@@ -62,8 +62,8 @@ def start(own: argparse.Namespace, config: Config, resume: str | None, ranks: Ra
     """A trainer with its run: everything loaded, after --resume every state as it was. Raises as azr.py's start."""
     (device, dtype), length = place(config), config.max_prompt + config.max_response
     vllm = device == "cuda" and choose_engine(config.engine) == "vllm"
-    if not vllm and (SHARDED or config.engine == "vllm"):
-        raise ValueError("scale/ has vLLM on GPUs only, and sharded weights need it (docs/scale.md)")
+    if config.engine == "vllm" and not vllm:
+        raise ValueError("scale/ has vLLM on GPUs only; use --engine transformers")
     tokenizer = load_tokenizer(config.model, hf_config := load_config(config.model))
     used = replace(settle(config, tokenizer), token_budget=config.token_budget or ENOUGH_TOKENS[device])
     inspect_config(used, hf_config)
@@ -72,6 +72,7 @@ def start(own: argparse.Namespace, config: Config, resume: str | None, ranks: Ra
         max_steps=config.steps, max_grad_norm=config.grad_clip, seed=config.seed, beta=0.0,
         use_cpu=device == "cpu", bf16=dtype == "bfloat16", gradient_checkpointing=False, disable_tqdm=True,
         report_to="none", save_strategy="no", logging_strategy="no", num_generations=2, log_level="error",
+        ddp_find_unused_parameters=False,
         per_device_train_batch_size=SEQUENCES,  # TRL hands it to vLLM; the micro-batches are our own
         use_vllm=vllm, vllm_mode="colocate", vllm_enable_sleep_mode=vllm, vllm_gpu_memory_utilization=own.vllm_memory,
         vllm_tensor_parallel_size=own.tensor_parallel, vllm_max_model_length=length,
@@ -84,7 +85,7 @@ def start(own: argparse.Namespace, config: Config, resume: str | None, ranks: Ra
         policy.gradient_checkpointing_enable()
     trainer, optimizer = Trainer(policy, tokenizer, arguments), SharedAdam(policy, dtype)
     engine = TrlEngine(trainer, tokenizer, length) if vllm else TransformersEngine(policy, tokenizer, length, GENERATED)
-    spread_engine(engine, ranks, own.tensor_parallel)
+    spread_engine(engine, ranks, own.tensor_parallel if vllm else ranks.size if SHARDED else 1)  # shards: all together
     step, buffers, watch = ranks.together(restore, folder, saved, config, optimizer)
     if ranks.rank == 0:
         write_config(folder, config, used, engine.name, executor.layers)

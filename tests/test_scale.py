@@ -15,10 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("trl", reason="scale/ needs TRL: pip install -r requirements-scale.txt")
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import azr
@@ -97,6 +100,17 @@ def poisoned(before):
     return give
 
 
+def as_gpus(before):
+    """accelerate shards on GPUs only: let these processes pass for some."""
+
+    def create(trainer):
+        AcceleratorState._reset_state()
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        before(trainer)
+
+    return create
+
+
 def said(*arguments: str) -> tuple[int, str]:
     """Exit code of the command and what it wrote to stderr."""
     with contextlib.redirect_stderr(io.StringIO()) as errors:
@@ -140,6 +154,13 @@ def two_processes(folder: Path) -> None:
     with patched(azr, "give_rewards", poisoned), recording(found):
         assert scale.main([*SMALL, *seeds, *QUICK, "--out", str(folder / "poisoned")]) == 0
     result["poisoned"] = weights(found["trainer"])
+    settings = yaml.safe_load((HERE / "scale/fsdp2.yaml").read_text(encoding="utf-8"))["fsdp_config"]
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in settings.items()}}
+    with patched(scale, "SHARDED", lambda _: True), patched(Trainer, "create_accelerator_and_postprocess", as_gpus):
+        assert scale.main([*SMALL, *seeds, *QUICK, "--out", str(folder / "sharded")]) == 0
+        with recording(found):
+            assert scale.main(["--resume", str(folder / "sharded"), "--steps", "2"]) == 0
+    result["shards"] = [type(weight).__name__ for weight in found["trainer"].model.parameters()]
     torch.save(result, folder / f"{rank}.pt")
 
 
@@ -243,6 +264,17 @@ def test_a_resumed_run_of_two_is_bit_identical(runs):
     assert all(torch.equal(moment, part["exp_avg_sq"][name]) for name, moment in whole["exp_avg_sq"].items())
 
 
+def test_sharded_weights_play_the_same_run(runs, ranks):
+    """FSDP2 with the settings of scale/fsdp2.yaml, resumed after a step from a checkpoint of whole weights."""
+    assert set(ranks[0]["shards"]) == set(ranks[1]["shards"]) == {"DTensor"}
+    for name in [*TEXTS[:2], *TEXTS[3:]]:
+        assert (runs / "whole" / name).read_bytes() == (runs / "sharded" / name).read_bytes(), name
+    before = load_file(TINY_MODEL / "model.safetensors")
+    whole, sharded = (load_file(runs / name / "checkpoint/model.safetensors") for name in ("whole", "sharded"))
+    moved = torch.cat([(weight - before[name].float()).flatten() for name, weight in whole.items()]).norm()
+    assert moved > 0 and torch.cat([(whole[name] - sharded[name]).flatten() for name in whole]).norm() < 1e-3 * moved
+
+
 def test_a_run_moves_between_azr_and_the_bridge(runs, gradients, tmp_path):
     """The third step, by azr.py after two steps on two ranks, and by the bridge after two steps of azr.py."""
     for name in ("own", "two"):
@@ -301,11 +333,6 @@ def test_what_the_bridge_cannot_honour_is_refused(arguments, tmp_path):
 def test_deepspeed_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(scale, "DEEPSPEED", True)
     assert said("--out", str(tmp_path / "r"))[1].startswith("scale: scale/ does not take DeepSpeed")
-
-
-def test_sharded_weights_need_vllm(monkeypatch, tmp_path):
-    monkeypatch.setattr(scale, "SHARDED", True)
-    assert "sharded weights need it" in said("--out", str(tmp_path / "r"))[1]
 
 
 if __name__ == "__main__":
