@@ -87,4 +87,4 @@ def inline(svg: str) -> str:
     colours |= {"#000000": "currentColor", "#dddddd": "var(--line)", "#ffffff": "none"}
     svg = re.sub("#[0-9a-f]{6}", lambda colour: colours.get(colour[0], colour[0]), svg[svg.index("<svg") :])
     svg = re.sub(r"(\.\d\d)\d+(?=[^<>]*>)", r"\1", svg)  # hundredths of a point are enough; numbers in texts stay
-    return re.sub(r'<metadata>.*?</metadata>| id="\w+_\d+"| font-family:[^;]*;|(?<=\n)\s+', "", svg, flags=re.DOTALL)
+    return re.sub(r'<metadata>.*?</metadata>| id="[\w.]+_\d+"| font-family:[^;]*;|(?<=\n)\s+', "", svg, flags=re.DOTALL)
