@@ -17,7 +17,7 @@ import torch.distributed as dist
 from trl import GRPOConfig
 
 import azr
-from harness import report
+from harness import journal
 from harness.check import inspect_config, inspect_tokenizer
 from harness.config import Config, parse
 from harness.start import find_folder, place, restore, settle, write_config
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
                 trainer = start(own, config, resume, ranks, executor)
                 if trainer.run.step < config.steps:
                     trainer.train()
-                report.finish(trainer.run)
+                journal.finish(trainer.run)
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and ran_out_of_memory(error):
                 lower = "lower --token-budget, --vllm-memory or --max-response, or shard with scale/fsdp2.yaml"
