@@ -21,19 +21,16 @@ Usage:
 
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from random import Random
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policy.logprobs import CHUNK, logit_scale, ran_out_of_memory, token_logprobs
-from policy.packing import can_pack
+from policy.packing import can_pack, training
 
 
 def proposer_reward(
@@ -248,25 +245,6 @@ def collate(samples: Sequence[Sample], rows: Sequence[int], packed: bool, device
     return MicroBatch(
         list(rows), sum(lengths), send(ids.view(1 if packed else len(rows), -1)), forward_args, *per_token
     )
-
-
-@contextmanager
-def training(policy: PreTrainedModel, packed: bool) -> Iterator[None]:
-    """The attention that fits the layout, and no dropout: with one step per batch the policy that sampled is the one
-    that is differentiated. Gradient checkpointing wants its layers in training mode, in which some of them call dropout
-    themselves. All is put back."""
-    mode, attention, dropout = policy.training, policy.config._attn_implementation, F.dropout
-    policy.eval()
-    for module in policy.modules():
-        module.training = isinstance(module, GradientCheckpointingLayer)
-    if packed:
-        policy.config._attn_implementation = "segments"
-    F.dropout = lambda tensor, *_, **__: tensor
-    try:
-        yield
-    finally:
-        F.dropout, policy.config._attn_implementation = dropout, attention
-        policy.train(mode)
 
 
 def response_logprobs(

@@ -1,7 +1,7 @@
 """The language model: loading it, sampling from it, the log-probabilities and the optimizer of its update, its memory.
 
 Here a task is a list of token ids. load.py: load_config, load_policy, make_engine; engine.py: Engine, Completion;
-transformers_engine.py and vllm_engine.py: the two engines; logprobs.py: token_logprobs; packing.py: can_pack;
+transformers_engine.py and vllm_engine.py: the two engines; logprobs.py: token_logprobs; packing.py: can_pack, training;
 optimizer.py: MasterAdamW; lora.py: add_adapters; memory.py: plan; speed.py: estimate_seconds; dialogue.py: wrap,
 split_response.
 It never imports the loop, the rewards, the task types, the executor or the harness.

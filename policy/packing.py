@@ -1,14 +1,18 @@
-"""Rows packed one behind the other, so that no padding is computed: an attention that keeps them apart.
+"""The policy while it is trained: rows packed one behind the other, so that no padding is computed, and no dropout.
 
 What it leaves out: laying the rows out (`trr.collate`), and models that do more than causal attention: they are padded.
 
-    if can_pack(policy): policy.config._attn_implementation = "segments"
-    policy(input_ids=ids, position_ids=positions, segments=[5, 3])     # ids (1, 8), two rows
+    with training(policy, packed=can_pack(policy)):
+        policy(input_ids=ids, position_ids=positions, segments=[5, 3])     # ids (1, 8), two rows
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def segment_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **_):
@@ -37,3 +41,22 @@ def can_pack(policy: PreTrainedModel) -> bool:
     """Whether packed rows are known to be exact: plain causal attention in every layer. Others are padded."""
     layers = getattr(policy.config, "layer_types", None) or ["full_attention"]
     return policy.config.model_type in ("llama", "qwen2", "qwen3") and set(layers) == {"full_attention"}
+
+
+@contextmanager
+def training(policy: PreTrainedModel, packed: bool) -> Iterator[None]:
+    """The attention that fits the layout, and no dropout: with one step per batch the policy that sampled is the one
+    that is differentiated. Gradient checkpointing wants its layers in training mode, in which some of them call dropout
+    themselves. All is put back."""
+    mode, attention, dropout = policy.training, policy.config._attn_implementation, F.dropout
+    policy.eval()
+    for module in policy.modules():
+        module.training = isinstance(module, GradientCheckpointingLayer)
+    if packed:
+        policy.config._attn_implementation = "segments"
+    F.dropout = lambda tensor, *_, **__: tensor
+    try:
+        yield
+    finally:
+        F.dropout, policy.config._attn_implementation = dropout, attention
+        policy.train(mode)

@@ -24,6 +24,7 @@ from trl import GRPOTrainer
 
 import azr
 import trr
+from policy.packing import training
 from policy.vllm_engine import VllmEngine
 from scale.spread import Ranks
 
@@ -90,7 +91,7 @@ class Trainer(GRPOTrainer, TrainerCallback):
         groups = trr.micro_batches([len(samples[i]) for i in trained], token_budget, packed)
         entropies, reports = torch.zeros(len(samples), device=device), {}
         turns = range(ranks.rank, len(groups) + -len(groups) % ranks.size, ranks.size)
-        with trr.training(policy, packed):
+        with training(policy, packed):
             for number in turns:
                 idle = number >= len(groups)
                 batch = trr.collate(samples, [trained[k] for k in groups[-1 if idle else number]], packed, device)
