@@ -93,6 +93,11 @@ def token_logprobs(
     return _TokenLogprobs.apply(hidden, weight, bias, targets, chunk, entropy_grad, size)
 
 
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether torch found no memory: on a card it raises a class of its own, in host memory only the text says so."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def logit_scale(config) -> float:
     """What a model multiplies its logits with (Granite, Cohere, Falcon-H1). Raises ValueError for one that bends them.
     The check at start (harness/check.py) finds what goes by other names."""
