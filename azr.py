@@ -276,15 +276,16 @@ def give_rewards(run: Run, proposals: list[Rollout], attempts: list[Rollout], st
         item.reward, item.advantage = reward, advantage
 
 
-def learn(run: Run, rollouts: list[Rollout], step: int, update=trr.update) -> dict:
-    """An update with all cells together (paper equation 9), then the engine gets the new weights."""
+def learn(run: Run, rollouts: list[Rollout], step: int, update=None) -> dict:
+    """An update with all cells together (paper equation 9), then the engine gets the new weights. `update`: what takes
+    the arguments of `trr.update` in its place."""
     config = run.config
     rows = [item for item in rollouts if item.trains]
     run.engine.sleep()
     sampled = [(item.prompt_ids, item.completion, item.advantage) for item in rows]
     samples = [trr.Sample(prompt, found.token_ids, gain, found.logprobs) for prompt, found, gain in sampled]
     with phase(run, "update", sum(map(len, samples))) as bar:
-        result = update(
+        result = (update or trr.update)(
             run.policy, run.optimizer, samples, minibatches=config.minibatches, loss_mean=config.loss_mean,
             lr=learning_rate(step - 1, config.lr, config.warmup, config.steps, config.lr_decay),
             grad_clip=config.grad_clip, token_budget=config.token_budget, vocab_size=run.engine.vocab_size,
