@@ -406,7 +406,8 @@ def main(argv: list[str] | None = None) -> int:
             journal.finish(run)
     except (KeyboardInterrupt, OSError, ValueError, RuntimeError) as error:
         return stop(error, run)
-    print(f"smoke ok: {run.step} steps, run folder {run.folder}" if extra.smoke else f"run folder: {run.folder}")
+    if extra.smoke:
+        print(f"smoke ok: {run.step} steps")
     return 0
 
 

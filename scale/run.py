@@ -114,7 +114,6 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             print(f"scale: {error}", file=sys.stderr)
             return 2
-        print(f"run folder: {trainer.run.folder}")
     return 0
 
 
