@@ -406,8 +406,7 @@ def main(argv: list[str] | None = None) -> int:
             journal.finish(run)
     except (KeyboardInterrupt, OSError, ValueError, RuntimeError) as error:
         return stop(error, run)
-    if extra.smoke:
-        print(f"smoke ok: {run.step} steps")
+    print("smoke ok" if extra.smoke else f"next: python azr.py --resume {run.folder} --steps {2 * run.config.steps}")
     return 0
 
 

@@ -201,7 +201,7 @@ def show(run, record: dict, seconds: float) -> None:
 
 def finish(run) -> None:
     """Predicted and measured memory; before and after per task type, greedy and at T = 1, when there were evaluations;
-    the paths of what was written, and how to go on. What the report lacks never stops a run that has ended well."""
+    and the paths of what was written. What the report lacks never stops a run that has ended well."""
     *predicted, measured = peaks(run).values()
     planned = "".join(f"{peak:.2f} GB predicted for responses of full length, " for peak in predicted)
     print(f"peak memory: {planned}{measured:.2f} GB measured")
@@ -218,7 +218,6 @@ def finish(run) -> None:
     except (ValueError, OSError) as error:
         print(f"no report: {error}")
     print(f"run folder: {run.folder}")
-    print(f"next: python azr.py --resume {run.folder} --steps {2 * run.config.steps}")
 
 
 def comparison_table(before: Mapping, after: Mapping) -> str:
