@@ -277,8 +277,7 @@ def give_rewards(run: Run, proposals: list[Rollout], attempts: list[Rollout], st
 
 
 def learn(run: Run, rollouts: list[Rollout], step: int, update=None) -> dict:
-    """An update with all cells together (paper equation 9), then the engine gets the new weights. `update`: what takes
-    the arguments of `trr.update` in its place."""
+    """`trr.update`, or its like, with all cells together (paper equation 9); then the engine gets the new weights."""
     config = run.config
     rows = [item for item in rollouts if item.trains]
     run.engine.sleep()
