@@ -15,8 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -128,9 +129,10 @@ class Pool:
                         yield done
             finally:
                 self.stopping = True
-                while wait(futures, 0.01).not_done:
+                while sum(free.qsize() for free in self.free.values()) < len(self.lanes):  # the others are in use
                     for lane in self.lanes:
                         lane.process.kill()
+                    time.sleep(0.01)
 
     def close(self) -> None:
         for lane in self.lanes:
