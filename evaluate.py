@@ -114,6 +114,9 @@ def load_suites(
     model is loaded. `kinds` are the task types of "tasks:FILE"; `files` as in `load_items`; `limit` takes the first
     items. Raises ValueError for unknown suites and packages that are not installed, FileNotFoundError for missing data,
     in one sentence."""
+    stem, times = Counter(stem_of(name) for _, name, _ in expand(specs)).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"Two suites have the name {stem}, which their results get: name each once, or rename a file.")
     found = []
     for spec, name, own_limit in expand(specs):
         suite, items, about = load_items(name, data_dir, files or {}, kinds)
@@ -122,9 +125,6 @@ def load_suites(
         if "note" in about:
             print(f"note: {about['note']}", file=sys.stderr)
         found.append((spec, name, suite, items[: own_limit or limit], about))
-    stem, times = Counter(stem_of(name) for _, name, *_ in found).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"Two suites have the name {stem}, which their results get: name each once, or rename a file.")
     return found
 
 

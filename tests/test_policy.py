@@ -23,7 +23,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from harness.check import compare
-from policy import load, memory, transformers_engine, vllm_engine
+from policy import load, memory, speed, transformers_engine, vllm_engine
 from policy.engine import Completion, SyncError
 from policy.load import load_policy, make_engine, resolve_model
 from policy.memory import PREFILL_TOKENS, plan, table
@@ -677,7 +677,7 @@ def test_decoding_limit_of_an_h200():
     def limit(live: int, context: int) -> float:
         step = replace(chosen(141), max_num_seqs=live)
         seconds = estimate_seconds(step, "H200", sequences=live, trained=0, prompt=context - 1, response=2)
-        return 2 * live / seconds["generate"] / memory.SERVED * 0.9
+        return 2 * live / seconds["generate"] / speed.SERVED * 0.9
 
     for context, live, expected in [(700, 64, 35e3), (700, 256, 86e3), (1000, 128, 51e3), (1500, 512, 64e3)]:
         assert limit(live, context) == pytest.approx(expected, rel=0.05)
