@@ -183,7 +183,7 @@ PRESETS: dict[str, dict] = {
         "eval_every": 10, "eval_suites": f"tasks:{TINY_MODEL.parent / 'test.jsonl'}:300",
     },
     "tiny-skill": {
-        **TINY, "model": str(SKILL_MODEL), "steps": 450, "max_prompt": 640, "max_response": 160, "lr": 2e-4,
+        **TINY, "model": str(SKILL_MODEL), "steps": 300, "max_prompt": 640, "max_response": 160, "lr": 2e-4,
         "solve_prompts": 0, "baseline": "task", "reference_draw": "frontier", "duplicate_reward": -0.5,
         "eval_every": 25, "eval_suites": f"tasks:{SKILL_MODEL.parent / 'test.jsonl'}:315",
     },
