@@ -15,7 +15,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-import torch
 
 import azr
 import evaluate
@@ -27,20 +26,13 @@ from policy.dialogue import split_response
 from prompts import KINDS, load_kinds
 from tests.test_run import SMALL
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/exercises.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "docs/results/exercises.md").read_text(encoding="utf-8")
 FILES = {name: text for name, text in re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)}
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 LOOKED = {line["run"]: line for line in map(json.loads, re.findall(r'^\{"run.*$', RESULTS, re.MULTILINE))}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

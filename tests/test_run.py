@@ -29,6 +29,7 @@ from harness.start import choose_template
 from policy.load import resolve_model
 from prompts import KINDS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HERE = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SMALL = ["--batch", "3", "--rollouts", "2", "--seed-factor", "1", "--inputs", "4", "--eval-every", "0"]
@@ -38,15 +39,6 @@ SMALL += ["--engine", "transformers", "--device", "cpu"]
 def cli(*arguments: str, **more) -> subprocess.CompletedProcess:
     command = [sys.executable, str(HERE / "azr.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=HERE, **more)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Runs in this process must compute what those in processes of their own do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

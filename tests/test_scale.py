@@ -33,6 +33,7 @@ from scale import run as scale
 from scale.spread import Ranks
 from scale.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HERE = Path(__file__).resolve().parent.parent
 SMALL = ["--batch", "3", "--rollouts", "2", "--inputs", "4", "--seed-factor", "1", "--token-budget", "1500"]
 SMALL += ["--engine", "transformers", "--device", "cpu"]
@@ -166,15 +167,6 @@ def two_processes(folder: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The same run three times
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Runs in this process must compute what those in processes of their own do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
