@@ -359,7 +359,7 @@ def share(run: Run, seeds: Buffer, kinds: list[Kind]) -> None:
 def fill(run: Run, seeds: Buffer, kinds: list[Kind], wanted: int) -> None:
     """Propose with the kinds in turn until `wanted` different tasks are there."""
     config, causes, names = run.config, Counter(), tuple(kind.name for kind in kinds)
-    with tqdm(total=wanted, desc=f"seed {'/'.join(names)}", initial=len(seeds)) as bar:
+    with tqdm(total=wanted, desc=f"seed {'/'.join(names)}", initial=len(seeds), disable=None) as bar:
         number = 0
         while len(seeds) < wanted:
             if sum(causes.values()) >= wanted * config.seed_limit:

@@ -170,7 +170,7 @@ def run_suites(
                        "tags": ",".join(tags), "samples": samples, "temperature": temperature, "top_p": top_p,
                        "seed": seed, "weights": model and fingerprint(model), "engine": engine.name,
                        "dtype": engine.dtype, "max_model_len": engine.max_model_len}  # fmt: skip
-            with tqdm(total=len(items), desc=f"{name} generate", disable=not progress) as bar:
+            with tqdm(total=len(items), desc=f"{name} generate", disable=None if progress else True) as bar:
                 done = generate(engine, tokenizer, suite, items, header, path, bar)
         rows = []
         for item in items:
@@ -208,7 +208,7 @@ def make_record(suite: Suite, name: str, rows, header: dict, executor, progress:
     digest, score per item. Reasoning suites also have accuracy per kind and depth, the share in the right format and
     the share that reasons before it answers."""
     pairs = [(item.gold, answer) for item, _, answer in rows]
-    with tqdm(desc=f"{name} score", unit="job", disable=not progress) as bar:
+    with tqdm(desc=f"{name} score", unit="job", disable=None if progress else True) as bar:
         scores = suite.score(pairs, executor if suite.group == "reasoning" else None, bar.update)
     by_item, groups = defaultdict(list), defaultdict(list)
     for (item, _, _), value in zip(rows, scores, strict=True):

@@ -303,6 +303,7 @@ def test_resume_is_bit_for_bit_the_uninterrupted_run(tmp_path, capsys):
 def test_smoke_ends_with_one_line(tmp_path):
     result = cli("--smoke", "--out", str(tmp_path / "r"))
     assert result.returncode == 0 and result.stdout.strip().splitlines()[-1].startswith("smoke ok"), result.stderr
+    assert "\r" not in result.stdout + result.stderr and "%|" not in result.stderr  # bars are for terminals
 
 
 # ---------------------------------------------------------------------------------------------------------------------

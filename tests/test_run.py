@@ -105,10 +105,10 @@ def test_a_run_killed_while_seeding_starts_over_from_its_folder(tmp_path):
     assert azr.main(["--resume", str(folder)]) == 0
 
 
-def test_seeds_are_reusable(whole_run, tmp_path, capfd):
+def test_seeds_are_reusable(whole_run, tmp_path, monkeypatch):
     seeds = ["--seeds", str(whole_run / "seeds.jsonl")]
+    monkeypatch.setattr(azr, "fill", None)  # nothing is proposed to fill the buffers
     assert azr.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "r"), *seeds]) == 0
-    assert "seed abduction" not in capfd.readouterr().err
     before = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     after = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     assert before[1] == after[1]
