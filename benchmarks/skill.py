@@ -326,7 +326,8 @@ def figure(out: Path, conditions: Sequence[str], seeds: Sequence[int]) -> str:
                 for step, values in run["accuracy"]:
                     at[step].append(100 * values[depth])
             style = "-" if depth > SHOWN else ":"
-            below.plot(list(at), [mean(values) for values in at.values()], style, label=f"{depth} statement{'s' * (depth > 1)}")
+            label = f"{depth} statement{'s' * (depth > 1)}"
+            below.plot(list(at), [mean(values) for values in at.values()], style, label=label)
         below.set(xlabel="step")
     axes[0][0].set(ylabel="statements of proposed programs")
     axes[1][0].set(ylabel="held-out accuracy, percent")
