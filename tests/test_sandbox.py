@@ -650,16 +650,25 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 def descendants(pid: int) -> list[int]:
     file = Path(f"/proc/{pid}/task/{pid}/children")
-    children = [int(child) for child in file.read_text().split()] if file.exists() else []
+    try:
+        children = [int(child) for child in file.read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # it may end while its file is read
+        children = []
     return children + [below for child in children for below in descendants(child)]
 
 
+def lives(pid: int) -> bool:
+    """Whether a process is there; a zombie that its new parent has not yet collected is dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):  # it may end while its file is read
+        return False
+
+
 def gone(pids: list[int]) -> bool:
-    """True once none of the processes lives (a zombie that its new parent has not yet collected is dead)."""
+    """True once none of the processes lives."""
     for _ in range(400):
-        alive = [p for p in pids if Path(f"/proc/{p}/stat").exists()]
-        alive = [p for p in alive if Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"]
-        if not alive:
+        if not any(map(lives, pids)):
             return True
         time.sleep(0.05)
     return False
