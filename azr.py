@@ -5,7 +5,7 @@ how often the model itself solves them, trains both roles with TRR++ and hands t
 What it leaves out: more than one GPU (scale/), human data, a value network, and a KL term (the paper has none either).
 Paper: arXiv 2505.03335, Algorithm 1 and sections 3.1 to 3.3. Every option: `python azr.py --help`.
 
-    python azr.py                                   # the embedded tiny model, minutes on a laptop
+    python azr.py                                   # an embedded tiny model, minutes on a laptop
     python azr.py --model Qwen/Qwen2.5-3B-Coder     # one GPU
     python azr.py --resume runs/NAME                # continue after a stop
 """

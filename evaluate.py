@@ -260,7 +260,7 @@ def flatten(record: dict) -> dict[str, float]:
     """The numbers of a record under flat names, for metrics.jsonl: `accuracy`, `deduction/accuracy`, `all/se`, ..."""
     flat = {"accuracy": record["accuracy"]}
     flat |= {f"{group}/accuracy": value["accuracy"] for group, value in record.get("groups", {}).items()}
-    flat |= {f"{group}/n": value["n"] for group, value in record.get("groups", {}).items() if "depth" not in group}
+    flat |= {f"{group}/n": value["n"] for group, value in record.get("groups", {}).items() if "/" not in group}
     keys = ("n", "se", "truncated", "no_answer", "tokens", "formatted", "reasons_first")
     return flat | {f"all/{key}": record[key] for key in keys if key in record}
 

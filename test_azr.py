@@ -73,7 +73,8 @@ GOLD = {
 @pytest.fixture(scope="module")
 def run(executor, tmp_path_factory):
     """A run on the embedded model that was started but not trained."""
-    config, _ = parse(["--batch", "4", "--out", str(tmp_path_factory.mktemp("run") / "r"), "--eval-every", "0"])
+    out = str(tmp_path_factory.mktemp("run") / "r")
+    config, _ = parse(["--preset", "tiny", "--batch", "4", "--eval-every", "0", "--out", out])
     started = azr.Run(**start(config, None))
     yield started
     started.executor.close()

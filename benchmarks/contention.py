@@ -23,8 +23,8 @@ STEPS = 4
 
 def seconds_per_step(folder: Path, environment: dict) -> float:
     """Median seconds of a step, the first one left out."""
-    command = [sys.executable, str(ROOT / "azr.py"), "--batch", "8", "--seed-factor", "1", "--eval-every", "0"]
-    command += ["--steps", str(STEPS), "--out", str(folder)]
+    command = [sys.executable, str(ROOT / "azr.py"), "--preset", "tiny", "--batch", "8", "--seed-factor", "1"]
+    command += ["--eval-every", "0", "--steps", str(STEPS), "--out", str(folder)]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     rows = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
     return statistics.median(row["seconds/step"] for row in rows[1:])

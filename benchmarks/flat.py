@@ -32,8 +32,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TICKS, PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 # Two references as in the preset; no evaluation; a rate at which fp32 weights hardly move.
-SETTINGS = "--batch 4 --rollouts 2 --eval-every 0 --lr 1e-9 --warmup 0 --lr-decay constant --engine transformers "
-SETTINGS += "--buffer-size 256"  # full after some 80 steps
+SETTINGS = "--preset tiny --batch 4 --rollouts 2 --eval-every 0 --lr 1e-9 --warmup 0 --lr-decay constant "
+SETTINGS += "--engine transformers --buffer-size 256"  # full after some 80 steps
 
 
 def used(pid: int) -> tuple[float, int]:

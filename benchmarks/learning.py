@@ -1,8 +1,8 @@
 """Does self-play on the embedded model raise held-out accuracy, and what is the effect made of? Seeds x controls.
 
-What it does: runs `python azr.py` for every seed under four conditions (self-play; rewards shuffled; proposer frozen;
-solver on the fixed seed tasks only), measures every final checkpoint and the base model on the same held-out tasks
-(greedy, T = 1, and with reasoning forced: measuring.py), and writes table, intervals and figure.
+What it does: runs `python azr.py --preset tiny` for every seed under four conditions (self-play; rewards shuffled;
+proposer frozen; solver on the fixed seed tasks only), measures every final checkpoint and the base model on the same
+held-out tasks (greedy, T = 1, and with reasoning forced: measuring.py), and writes table, intervals and figure.
 What it leaves out: choosing anything. Settings were chosen on tiny/dev.jsonl; the test file is read here only.
 Paper: section 4 has no such control; the idea of the shuffled control is from "Spurious Rewards" (Shao et al., 2025).
 
@@ -54,8 +54,8 @@ def run_all(seeds: list[int], conditions: list[str], extra: list[str], tasks_fil
         name = f"{condition.replace(' ', '-')}-{seed}"
         folder = out / name
         if not (folder / "curve.svg").exists():
-            command = [sys.executable, "azr.py", "--seed", str(seed), *CONDITIONS[condition], *extra]
-            command += ["--eval-suites", f"tasks:{tasks_file}:{CURVE}", "--out", str(folder)]
+            command = [sys.executable, "azr.py", "--preset", "tiny", "--seed", str(seed), *CONDITIONS[condition]]
+            command += [*extra, "--eval-suites", f"tasks:{tasks_file}:{CURVE}", "--out", str(folder)]
             call(command, out / "logs" / f"{name}.log")
         measured(folder / "checkpoint", tasks_file, out, name)
         print(f"done: {name}", flush=True)

@@ -118,9 +118,11 @@ def train(job: Job, out: Path, extra: list[str]) -> None:
     folder = out / job.name
     if finished(folder):
         return
-    new = ["--preset", "tiny-skill", "--seed", str(job.seed), *job.flags, *extra, "--out", str(folder)]
-    begun = (folder / "config.json").exists()
-    call([sys.executable, "azr.py", *(["--resume", str(folder)] if begun else new)], out / "logs" / f"{job.name}.log")
+    command = ["--resume", str(folder)]
+    if not (folder / "config.json").exists():
+        command = ["--preset", "tiny-skill", "--steps", "300", "--seed", str(job.seed), *job.flags, *extra]
+        command += ["--out", str(folder)]
+    call([sys.executable, "azr.py", *command], out / "logs" / f"{job.name}.log")
     print(f"done: {job.name}", flush=True)
 
 

@@ -83,8 +83,8 @@ def show(run: azr.Run, proposals: list[azr.Rollout], attempts: list[azr.Rollout]
 def main() -> None:
     torch.set_num_threads(1)  # sums in one order: the same numbers on machines with other numbers of cores
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["--batch", "8", "--rollouts", "4", "--seed-factor", "1", "--eval-every", "0", "--seed", "3"]
-        config, _ = parse([*arguments, "--device", "cpu", "--out", f"{folder}/run"])
+        arguments = ["--preset", "tiny", "--batch", "8", "--rollouts", "4", "--seed-factor", "1", "--eval-every", "0"]
+        config, _ = parse([*arguments, "--seed", "3", "--device", "cpu", "--out", f"{folder}/run"])
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             run = azr.Run(**start(config, None))
             azr.seed_buffers(run)

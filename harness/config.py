@@ -37,7 +37,7 @@ MAY_BE_NEGATIVE = ("zero_reward", "duplicate_reward", "solve_prompts")
 @dataclass
 class Config:
     # What to train, where
-    model: str = option("", "Hugging Face folder or hub name; empty: the embedded tiny model")
+    model: str = option("", "Hugging Face folder or hub name; empty: an embedded tiny one")
     preset: str = option("", "named set of values for a model size (docs/presets.md)")
     out: str = option("", "run folder; empty: runs/DATE-MODEL")
     seed: int = option(0, "the one seed from which every random choice follows")
@@ -183,9 +183,9 @@ PRESETS: dict[str, dict] = {
         "eval_every": 10, "eval_suites": f"tasks:{TINY_MODEL.parent / 'test.jsonl'}:300",
     },
     "tiny-skill": {
-        **TINY, "model": str(SKILL_MODEL), "steps": 300, "max_prompt": 640, "max_response": 160, "lr": 2e-4,
+        **TINY, "model": str(SKILL_MODEL), "steps": 60, "max_prompt": 640, "max_response": 160, "lr": 2e-4,
         "solve_prompts": 0, "baseline": "task", "reference_draw": "frontier", "duplicate_reward": -0.5,
-        "eval_every": 25, "eval_suites": f"tasks:{SKILL_MODEL.parent / 'test.jsonl'}:315",
+        "eval_every": 20, "eval_suites": f"tasks:{SKILL_MODEL.parent / 'test.jsonl'}:315",
     },
     "0.5b": {**SMALL, "batch": 32, "inputs": 4, "seed_factor": 2},
     "1.5b": {**SMALL, "batch": 32, "max_prompt": 3072, "max_response": 1536},
@@ -232,7 +232,7 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
         raise ValueError(f"--card {extra.card:g} is for --dry-run and in GB; --memory limits the card that is here")
     if extra.resume:
         return resumed(Path(extra.resume), typed), extra
-    typed["model"] = typed.get("model") or PRESETS.get(typed.get("preset"), {}).get("model", str(TINY_MODEL))
+    typed["model"] = typed.get("model") or PRESETS.get(typed.get("preset"), {}).get("model", str(SKILL_MODEL))
     embedded = {values["model"]: name for name, values in PRESETS.items() if "model" in values}
     preset = typed.get("preset") or embedded.get(str(Path(typed["model"]).resolve()), "")
     if preset and preset not in PRESETS:

@@ -200,8 +200,8 @@ def show(run, record: dict, seconds: float) -> None:
 
 
 def finish(run) -> None:
-    """Predicted and measured memory; before and after per task type, greedy and at T = 1, when there were evaluations;
-    and the paths of what was written. What the report lacks never stops a run that has ended well."""
+    """Predicted and measured memory; before and after per depth and task type, greedy and at T = 1, when there were
+    evaluations; and the paths of what was written. What the report lacks never stops a run that has ended well."""
     *predicted, measured = peaks(run).values()
     planned = "".join(f"{peak:.2f} GB predicted for responses of full length, " for peak in predicted)
     print(f"peak memory: {planned}{measured:.2f} GB measured")

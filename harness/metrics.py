@@ -123,7 +123,7 @@ class Change(NamedTuple):
     samples, which is larger than that of paired ones."""
 
     suite: str
-    group: str  # a task type, "mean" of them, or "" where a suite has none
+    group: str  # a task type, "depth5" and its like, "mean" of the types, or "" where a suite has neither
     before: float
     after: float
     before_error: float
@@ -135,22 +135,25 @@ class Change(NamedTuple):
 
 
 def compare(before: Mapping, after: Mapping) -> list[Change]:
-    """What changed in every suite that two records of metrics.jsonl both have: per task type and in their mean, or as a
-    whole where a suite has no task types."""
+    """What changed in every suite that two records of metrics.jsonl both have: as a whole where it has no task types,
+    else per depth where its tasks say theirs (of greedy answers), per type, and in the mean of the types."""
     changes: list[Change] = []
+
+    def change(suite: str, group: str, key: str, count: str) -> Change:
+        accuracies = before[key], after[key]
+        return Change(suite, group, *accuracies, *(math.sqrt(p * (1 - p) / after[count]) for p in accuracies))
+
     for suite in [key.removesuffix("/all/n") for key in before if key.endswith("/all/n") and key in after]:
-        groups = [key for key in after if re.fullmatch(rf"{re.escape(suite)}/(?!all/)[^/]+/n", key)]
-        rows = []
-        for count in groups or [f"{suite}/all/n"]:
-            key = count.replace("/all/n", "/n").removesuffix("n") + "accuracy"
-            accuracies = (before[key], after[key])
-            errors = [math.sqrt(accuracy * (1 - accuracy) / after[count]) for accuracy in accuracies]
-            rows.append(Change(suite, count.split("/")[-2] if groups else "", *accuracies, *errors))
+        found = [re.fullmatch(rf"{re.escape(suite)}/(?!all/)([^/]+)/n", key) for key in after]
+        names = [match[1] for match in found if match]
+        rows = {name: change(suite, name, f"{suite}/{name}/accuracy", f"{suite}/{name}/n") for name in names}
+        depths = [rows.pop(name) for name in names if name.startswith("depth")]
+        changes += [] if suite.startswith("eval-t1/") else depths
+        changes += rows.values() if rows else [change(suite, "", f"{suite}/accuracy", f"{suite}/all/n")]
         if len(rows) > 1:
-            means = [mean(values) for values in zip(*(row[2:4] for row in rows), strict=True)]
-            errors = [math.hypot(*values) / len(rows) for values in zip(*(row[4:] for row in rows), strict=True)]
-            rows.append(Change(suite, "mean", *means, *errors))
-        changes += rows
+            means = [mean(values) for values in zip(*(row[2:4] for row in rows.values()), strict=True)]
+            errors = [math.hypot(*v) / len(rows) for v in zip(*(row[4:] for row in rows.values()), strict=True)]
+            changes.append(Change(suite, "mean", *means, *errors))
     return changes
 
 

@@ -342,17 +342,20 @@ def test_plots_of_one_point_and_of_nothing():
         draw({"none": []})
 
 
-def test_comparison_table_has_task_types_their_mean_and_suites_without():
+def test_comparison_table_has_depths_task_types_their_mean_and_suites_without():
     before = {"step": 0, "alarms": [], "eval/test/accuracy": 0.3, "eval/test/all/n": 200,
               "eval/test/abduction/accuracy": 0.4, "eval/test/deduction/accuracy": 0.2,
               "eval/test/abduction/n": 100, "eval/test/deduction/n": 100, "eval/test/deduction/depth1/accuracy": 0.1,
+              "eval/test/depth1/accuracy": 0.1, "eval/test/depth1/n": 80,
               "eval/humaneval/accuracy": 0.5, "eval/humaneval/all/n": 50,
               "eval-t1/test/accuracy": 0.3, "eval-t1/test/all/n": 200}  # fmt: skip
     after = before | {"step": 50, "eval/test/accuracy": 0.5, "eval/test/deduction/accuracy": 0.6}
+    after["eval/test/depth1/accuracy"] = 0.5
     after = {key: value for key, value in after.items() if not key.startswith("eval-t1")}
     rows = [line.split() for line in comparison_table(before, after).splitlines()]
     assert rows == [
         ["before", "after", "change", "standard", "error"],
+        ["test", "depth1", "0.100", "0.500", "+0.400", "0.065"],  # sqrt((0.1 x 0.9 + 0.5 x 0.5) / 80)
         ["test", "abduction", "0.400", "0.400", "+0.000", "0.069"],  # sqrt(2 x 0.4 x 0.6 / 100)
         ["test", "deduction", "0.200", "0.600", "+0.400", "0.063"],  # sqrt((0.2 x 0.8 + 0.6 x 0.4) / 100)
         ["test", "mean", "0.300", "0.500", "+0.200", "0.047"],

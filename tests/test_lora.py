@@ -68,8 +68,8 @@ def test_the_merged_folder_computes_what_the_policy_does(tied, tmp_path):
     assert not any("lora" in name for name in load_file(tmp_path / "model.safetensors"))
 
 
-SMALL = ["--lora", "4", "--lr", "1e-2", "--batch", "3", "--rollouts", "2", "--seed-factor", "1", "--eval-every", "0"]
-SMALL += ["--engine", "transformers", "--device", "cpu"]
+SMALL = ["--preset", "tiny", "--lora", "4", "--lr", "1e-2", "--batch", "3", "--rollouts", "2", "--seed-factor", "1"]
+SMALL += ["--eval-every", "0", "--engine", "transformers", "--device", "cpu"]
 
 
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):

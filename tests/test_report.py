@@ -20,8 +20,8 @@ from harness.metrics import compare
 from harness.plots import inline, svg_histograms, svg_plot
 
 HERE = Path(__file__).resolve().parent.parent
-SMALL = ["--batch", "3", "--rollouts", "2", "--seed-factor", "1", "--inputs", "4", "--engine", "transformers"]
-SMALL += ["--device", "cpu", "--eval-suites", f"tasks:{HERE / 'tiny/test.jsonl'}:6"]
+SMALL = ["--preset", "tiny", "--batch", "3", "--rollouts", "2", "--seed-factor", "1", "--inputs", "4"]
+SMALL += ["--engine", "transformers", "--device", "cpu", "--eval-suites", f"tasks:{HERE / 'tiny/test.jsonl'}:6"]
 HOSTILE = "<script>alert(1)</script></pre><!-- --><img src=x onerror=alert(2)> \"'&amp;\u2028</details>]]>"
 
 

@@ -32,8 +32,8 @@ from prompts import KINDS
 pytestmark = pytest.mark.usefixtures("one_thread")
 HERE = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-SMALL = ["--batch", "3", "--rollouts", "2", "--seed-factor", "1", "--inputs", "4", "--eval-every", "0"]
-SMALL += ["--engine", "transformers", "--device", "cpu"]
+SMALL = ["--preset", "tiny", "--batch", "3", "--rollouts", "2", "--seed-factor", "1", "--inputs", "4"]
+SMALL += ["--eval-every", "0", "--engine", "transformers", "--device", "cpu"]
 
 
 def cli(*arguments: str, **more) -> subprocess.CompletedProcess:
@@ -155,7 +155,7 @@ def test_a_model_too_weak_to_seed_says_how_many_and_why(tmp_path, capfd):
     )
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(tmp_path / "model")
-    arguments = ["--model", str(tmp_path / "model"), "--preset", "tiny", *SMALL, "--seed-limit", "4"]
+    arguments = ["--model", str(tmp_path / "model"), *SMALL, "--seed-limit", "4"]
     assert azr.main([*arguments, "--max-response", "8", "--out", str(tmp_path / "r")]) == 2
     message = capfd.readouterr().err.strip().splitlines()[-1]
     assert "too weak" in message and "no_program" in message and len(message) < 500

@@ -35,8 +35,8 @@ from scale.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HERE = Path(__file__).resolve().parent.parent
-SMALL = ["--batch", "3", "--rollouts", "2", "--inputs", "4", "--seed-factor", "1", "--token-budget", "1500"]
-SMALL += ["--engine", "transformers", "--device", "cpu"]
+SMALL = ["--preset", "tiny", "--batch", "3", "--rollouts", "2", "--inputs", "4", "--seed-factor", "1"]
+SMALL += ["--token-budget", "1500", "--engine", "transformers", "--device", "cpu"]
 SMALL += ["--no-reuse-measurement-rollouts", "--eval-every", "2", "--steps", "2"]
 SMALL += ["--eval-suites", f"tasks:{TINY_MODEL.parent / 'test.jsonl'}:4"]
 TEXTS = ["tasks.jsonl", "rollouts.jsonl", "seeds.jsonl", *(f"buffers/{kind}.jsonl" for kind in KINDS)]
