@@ -25,6 +25,7 @@ from statistics import mean
 from measuring import ROOT, advantage, call, head, measured, proposer, read_rows, row_of, score, signed, statements
 
 from buffers import load_tasks, save_tasks
+from harness.checkpoint import read_log
 from harness.config import SKILL_MODEL
 from harness.plots import svg_text
 from prompts import KINDS
@@ -39,6 +40,8 @@ CONDITIONS = {
 }
 SAMPLED = ("base", "trained", "frozen")  # for pass@k
 KS = (1, 4, 16, 64, 256)
+KEPT = "step|score|valid_share|solve_rate|eval/[^/]+/([^/]+/)?accuracy|solve/[^/]+/accuracy|"
+KEPT = re.compile(KEPT + "propose/[^/]+/(reward_mean|solve_rate_mean|lines_mean|distinct_share)")
 # What differs, by group; an empty list is the condition "trained". B x G attempts a type are always 128, save where the
 # measuring attempts do not train: there the tokens are as many, the attempts that train are half.
 APART = ["--no-reuse-measurement-rollouts", "--baseline", "cell", "--rollouts", "4"]
@@ -175,10 +178,6 @@ def accuracies(runs: list[list[dict]]) -> dict:
     return found | {"reasons": mean(row["reasons"] for row in rows), "se shown": (share * (1 - share) / count) ** 0.5}
 
 
-def read_log(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
 def curriculum(folder: Path) -> dict:
     """Over the steps of a run: how many of the proposed programs have how many statements, and accuracy by depth."""
     proposals: dict[int, Counter] = defaultdict(Counter)
@@ -201,6 +200,13 @@ def run_facts(folder: Path) -> dict:
     """How a run went: wall-clock minutes in steps, and what its proposer did."""
     seconds = sum(record["seconds/step"] for record in read_log(folder / "timing.jsonl"))
     return {"minutes": seconds / 60, "proposer": proposer(folder / "tasks.jsonl")}
+
+
+def kept_curves(folder: Path) -> str:
+    """What is kept of a run's metrics.jsonl beside the tables: rewards, accuracies, what was proposed."""
+    records = [{k: v for k, v in record.items() if KEPT.fullmatch(k)} for record in read_log(folder / "metrics.jsonl")]
+    rounded = [{k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()} for record in records]
+    return "".join(json.dumps(record) + "\n" for record in rounded)
 
 
 MODES = ("greedy", "forced", "T=1")
@@ -227,24 +233,27 @@ def analyse(out: Path, conditions: Sequence[str], seeds: Sequence[int], samples:
 
 
 def sampled(samples: dict, base: list[dict], runs: dict, seeds: Sequence[int]) -> dict:
-    """pass@k of each sampled condition (mean over seeds), and the tasks that changed sides between 0 of all samples
-    before and greedily right after, and the reverse (per seed)."""
-    count = samples["count"]
-    shares = {"base": [samples["base"]]}
-    shares |= {name: [samples[Job(name, s, ()).name] for s in seeds] for name in SAMPLED[1:] if name in runs}
+    """pass@k of each sampled condition (mean over the seeds that were sampled), and the tasks that changed sides
+    between 0 of all samples before and greedily right after, and the reverse (per seed)."""
+    count, shares, greedy = samples["count"], {"base": [samples["base"]]}, {}
+    for name in SAMPLED[1:]:
+        pairs = [(samples.get(Job(name, s, ()).name), run) for s, run in zip(seeds, runs.get(name, ()), strict=False)]
+        if pairs := [(share, run) for share, run in pairs if share]:
+            shares[name], greedy[name] = [share for share, _ in pairs], [run["greedy"] for _, run in pairs]
     found: dict = {"count": count, "tasks": len(samples["base"]), "pass": {}, "unlocked": {}, "lost": {}, "never": {}}
     for name, each in shares.items():
         right = [round(share * count) for run in each for share in run.values()]
         found["pass"][name] = {str(k): mean(pass_at_k(count, n, k) for n in right) for k in KS if k <= count}
         found["never"][name] = [sum(not share for share in run.values()) for run in each]
-        if name != "base":
-            greedy = [{row["id"]: row["correct"] for row in run["greedy"]} for run in runs[name]]
-            before = {row["id"]: row["correct"] for row in base}
-            found["unlocked"][name] = [
-                sum(not samples["base"][id] and now[id] for id in samples["base"]) for now in greedy
-            ]
-            found["lost"][name] = [sum(not run[id] and before[id] for id in run) for run in each]
+    for name, after in greedy.items():
+        found["unlocked"][name] = [right_where_never(rows, samples["base"]) for rows in after]
+        found["lost"][name] = [right_where_never(base, share) for share in shares[name]]
     return found
+
+
+def right_where_never(greedy: list[dict], shares: dict[str, float]) -> int:
+    """How many tasks are greedily right that another model has never right among its samples."""
+    return sum(row["correct"] and shares.get(row["id"]) == 0 for row in greedy)
 
 
 def markdown(result: dict) -> str:
@@ -372,6 +381,7 @@ def main() -> None:
     add("--lanes", type=int, default=2, help="processes at a time, one thread each")
     add("--tasks", type=Path, default=SKILL_MODEL.parent / "test.jsonl", help="held-out tasks")
     add("--samples", type=int, default=256, help="of each unshown task, for pass@k; 0: none")
+    add("--sample-seeds", default="", help="seeds whose models are sampled; empty: all")
     add("--extra", default="", help="more flags for azr.py, as one text: --extra '--steps 100'")
     add("--out", type=Path, default=ROOT / "runs" / "skill")
     add("--results", type=Path, default=ROOT / "docs" / "results", help="where tables and figure go")
@@ -383,7 +393,8 @@ def main() -> None:
     if "runs" in parts:
         in_lanes(lambda job: train(job, out, options.extra.split()), jobs, options.lanes)
     deep = beyond(tasks, out)
-    wanted = [name for name in models if name.rpartition("-")[0] in SAMPLED or name == "base"]
+    of_seeds = (options.sample_seeds or options.seeds).split(",")
+    wanted = ["base", *(job.name for job in jobs if job.condition in SAMPLED and str(job.seed) in of_seeds)]
     wanted = wanted if options.samples > 1 and not options.ablations else []
     if "measure" in parts:
         in_lanes(lambda name: measured(models[name], tasks, out, name), list(models), options.lanes)
@@ -399,7 +410,8 @@ def main() -> None:
         shown = [name for name in ("trained", "frozen") if name in conditions]
         texts = {"skill.json": json.dumps(result, indent=1), "skill.md": markdown(result)}
         texts["skill.svg"] = figure(out, shown, seeds)
-    options.results.mkdir(parents=True, exist_ok=True)
+        texts |= {f"skill/{job.name}.metrics.jsonl": kept_curves(out / job.name) for job in jobs}
+    (options.results / "skill").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (options.results / name).write_text(text, encoding="utf-8")
     print(next(text for name, text in texts.items() if name.endswith(".md")))
