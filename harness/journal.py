@@ -37,7 +37,6 @@ class Status:
     peak: int = 0  # most bytes held so far, to set beside the plan's peak
     halfway: bool = False  # the policy may be in the middle of an update: not a state to save
     stopping: bool = False  # Ctrl-C or SIGTERM came while a step was being finished
-    board: object = None  # the TensorBoard writer, once there is something to write
 
 
 @contextlib.contextmanager
@@ -90,7 +89,6 @@ def log_start(run, update: dict) -> None:
     for kind, buffer in run.buffers.items():
         save_tasks(run.folder / f"buffers/{kind}.jsonl", buffer)
     append(run.folder / "metrics.jsonl", [record])
-    write_tensorboard(run, record)
 
 
 def log(run, proposals: Sequence, attempts: Sequence, update: dict, seconds: float) -> dict:
@@ -129,7 +127,6 @@ def write(run, proposals: Sequence, rollouts: Sequence, record: dict, timing: di
     sampled = run.rng(step, "log").sample(rollouts, min(config.log_rollouts, len(rollouts)))
     append(folder / "rollouts.jsonl", [rollout_record(item) for item in sampled])
     append(folder / "flagged.jsonl", [{"flags": names, **rollout_record(item)} for item, names in flagged])
-    write_tensorboard(run, record | timing)
 
 
 def peaks(run) -> dict[str, float]:
@@ -151,22 +148,6 @@ def proposal_record(item) -> dict:
 def rollout_record(item) -> dict:
     names = ("step", "role", "kind", "verdict", "correct", "reward", "advantage", "trains", "prompt", "response")
     return {name: getattr(item, name) for name in names} | {"formatted": item.parts.formatted}
-
-
-def write_tensorboard(run, record: dict) -> None:
-    """Scalars for TensorBoard where it is installed; metrics.jsonl holds everything in any case."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return
-    if (
-        run.status.board is None
-    ):  # one for the whole run: each makes a file of its own, which TensorBoard reads one by one
-        run.status.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step)
-    for name, value in record.items():
-        if isinstance(value, int | float):
-            run.status.board.add_scalar(name, value, run.step)
-    run.status.board.flush()
 
 
 def show(run, record: dict, seconds: float) -> None:
