@@ -40,8 +40,10 @@ CONDITIONS = {
 }
 SAMPLED = ("base", "trained", "frozen")  # for pass@k
 KS = (1, 4, 16, 64, 256)
-KEPT = "step|score|valid_share|solve_rate|eval/[^/]+/([^/]+/)?accuracy|solve/[^/]+/accuracy|"
-KEPT = re.compile(KEPT + "propose/[^/]+/(reward_mean|solve_rate_mean|lines_mean|distinct_share)")
+KEPT = re.compile(  # of the metrics of a run
+    "step|score|valid_share|solve_rate|eval/[^/]+/([^/]+/)?accuracy|solve/[^/]+/accuracy|"
+    "propose/[^/]+/(reward_mean|solve_rate_mean|lines_mean|distinct_share)"
+)
 # What differs, by group; an empty list is the condition "trained". B x G attempts a type are always 128, save where the
 # measuring attempts do not train: there the tokens are as many, the attempts that train are half.
 APART = ["--no-reuse-measurement-rollouts", "--baseline", "cell", "--rollouts", "4"]
