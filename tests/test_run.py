@@ -185,7 +185,7 @@ def test_a_model_too_weak_to_seed_says_how_many_and_why(tmp_path, capfd):
         (["--eval-every", "5", "--eval-suites", ""], "--eval-suites"),
         (["--solve-prompts", "0", "--no-reuse-measurement-rollouts"], "--solve-prompts 0 leaves the solver nothing"),
         (["--solve-prompts", "0", "--control", "fixed"], "--solve-prompts 0 leaves the solver nothing"),
-        (["--baseline", "task", "--no-reuse-measurement-rollouts"], "--baseline task needs"),
+        (["--preset", "tiny", "--baseline", "task", "--no-reuse-measurement-rollouts"], "--baseline task needs"),
     ],
 )
 def test_wrong_input_gets_one_sentence_and_exit_code_2(capsys, arguments, words):
