@@ -16,7 +16,7 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ FEW = [*APART, "--batch", "32", "--solve-prompts", "32"]
 ABLATIONS: dict[str, dict[str, list[str]]] = {
     "baseline": {"task": [], "cell": ["--baseline", "cell"], "global": ["--baseline", "global"]},
     "reward at r = 0 and 1": {"0": [], "-0.5": ["--zero-reward", "-0.5"]},
-    "attempts per task, G": {
+    "attempts per task (G)": {
         "8": [],
         "4": ["--rollouts", "4", "--batch", "32"],
         "16": ["--rollouts", "16", "--batch", "8"],
@@ -64,7 +64,7 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
         "oldest": ["--buffer-size", "256"],
         "newest": ["--buffer-size", "256", "--buffer-drops", "newest"],
     },
-    "references, K": {"2": [], "0": ["--references", "0"], "6": ["--references", "6"]},
+    "references (K)": {"2": [], "0": ["--references", "0"], "6": ["--references", "6"]},
     "measuring attempts": {
         "train": ["--baseline", "cell"],
         "do not train": [*APART, "--solve-prompts", "64"],
@@ -95,8 +95,8 @@ def named(flags: Sequence[str]) -> str:
     return "-".join(re.findall(r"\w+", " ".join(flags))) or "trained"
 
 
-def ablated() -> dict[str, list[str]]:
-    return {named(flags): flags for labels in ABLATIONS.values() for flags in labels.values()}
+def ablated(groups: Iterable[str] = ABLATIONS) -> dict[str, list[str]]:
+    return {named(flags): flags for group in groups for flags in ABLATIONS[group].values()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ def figure(out: Path, conditions: Sequence[str], seeds: Sequence[int]) -> str:
     return svg_text(picture)
 
 
-def ablation_table(out: Path, seeds: Sequence[int]) -> tuple[dict, str]:
+def ablation_table(out: Path, seeds: Sequence[int], groups: Iterable[str]) -> tuple[dict, str]:
     """Of each setting: greedy gain over the base model, and the difference to the first setting of its group."""
     base = read_rows(out / "rows" / "base.jsonl")["greedy"]
     result: dict = {"seeds": list(seeds), "n": len(base), "groups": {}}
@@ -360,7 +360,7 @@ def ablation_table(out: Path, seeds: Sequence[int]) -> tuple[dict, str]:
         "",
     ]
     lines += head(["setting", "", "unshown", "shown", "unshown, difference", "shown, difference"])
-    for group, labels in ABLATIONS.items():
+    for group, labels in ((group, ABLATIONS[group]) for group in groups):
         first = None
         for label, flags in labels.items():
             rows = [read_rows(out / "rows" / f"{named(flags)}-{seed}.jsonl")["greedy"] for seed in seeds]
@@ -379,6 +379,7 @@ def main() -> None:
     add("--seeds", default="0,1,2")
     add("--conditions", default=",".join(CONDITIONS), help="the first must be trained")
     add("--ablations", action="store_true", help="one change of the setting at a time instead of the conditions")
+    add("--groups", default=",".join(ABLATIONS), help="with --ablations: some of the groups")
     add("--only", default="runs,measure,table", help="some of the three parts, in this order")
     add("--lanes", type=int, default=2, help="processes at a time, one thread each")
     add("--tasks", type=Path, default=SKILL_MODEL.parent / "test.jsonl", help="held-out tasks")
@@ -389,7 +390,10 @@ def main() -> None:
     add("--results", type=Path, default=ROOT / "docs" / "results", help="where tables and figure go")
     options = parser.parse_args()
     out, tasks, seeds = options.out.resolve(), options.tasks.resolve(), [int(seed) for seed in options.seeds.split(",")]
-    conditions = ablated() if options.ablations else {name: CONDITIONS[name] for name in options.conditions.split(",")}
+    groups = options.groups.split(",")
+    conditions = (
+        ablated(groups) if options.ablations else {name: CONDITIONS[name] for name in options.conditions.split(",")}
+    )
     jobs, parts = jobs_of(conditions, seeds), options.only.split(",")
     models = {"base": SKILL_MODEL} | {job.name: out / job.name / "checkpoint" for job in jobs}
     if "runs" in parts:
@@ -404,7 +408,7 @@ def main() -> None:
     if "table" not in parts:
         return
     if options.ablations:
-        result, table = ablation_table(out, seeds)
+        result, table = ablation_table(out, seeds, groups)
         texts = {"ablations.json": json.dumps(result, indent=1), "ablations.md": table}
     else:
         samples = {name: sample(models[name], deep, out, name, options.samples) for name in wanted}
