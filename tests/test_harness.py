@@ -363,6 +363,14 @@ def test_comparison_table_has_depths_task_types_their_mean_and_suites_without():
     ]
 
 
+def test_depths_are_compared_greedily_only_and_stay_out_of_the_mean():
+    one = {f"{suite}/test/{group}/{name}": value for suite in ("eval", "eval-t1") for name, value in
+           (("accuracy", 0.5), ("n", 10)) for group in ("all", "abduction", "deduction", "depth1")}  # fmt: skip
+    rows = [line.split()[:2] for line in comparison_table(one, one | {"eval/test/depth1/accuracy": 1.0}).splitlines()]
+    assert [row for row in rows if row[1] == "depth1"] == [["test", "depth1"]] and ["eval-t1/test", "mean"] in rows
+    assert comparison_table(one, one | {"eval/test/depth1/accuracy": 1.0}).count("+0.000") == 6
+
+
 def test_the_zero_tasks_have_a_shape():
     assert all(program_shape(kind.zero().program)[1] > 5 for kind in KINDS.values())
 

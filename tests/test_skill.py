@@ -40,6 +40,9 @@ def test_the_queue_resumes_what_was_stopped_keeps_what_is_done_and_writes_its_fi
         *"1234567"
     ]
     assert result["conditions"]["trained"]["runs"][0]["proposer"]["last"]["valid"] > 0
+    kept = [json.loads(line) for line in (tmp_path / "docs/skill/trained-0.metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in kept] == [0, 1, 2]
+    assert "eval/held/depth7/accuracy" in kept[-1] and not any("update/" in name for record in kept for name in record)
     assert "pass@k" in (tmp_path / "docs/skill.md").read_text()
     assert "statements of proposed programs" in (tmp_path / "docs/skill.svg").read_text()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and "beyond" not in path.name}
@@ -71,6 +74,7 @@ def test_unlocked_tasks_are_those_the_base_never_solved_and_lost_ones_the_revers
     found = skill.sampled(samples, rows(False, False, True, True), runs, [7])
     assert found["unlocked"] == {"trained": [1]} and found["lost"] == {"trained": [1]}
     assert found["never"] == {"base": [2], "trained": [2]}
+    assert skill.sampled(samples, rows(False, False, True, True), runs, [8])["pass"].keys() == {"base"}  # not sampled
     assert found["pass"]["base"] == {"1": pytest.approx(0.3125), "4": pytest.approx(0.5)}
 
 
