@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import evaluate
-from buffers import Buffer, Task, load_tasks, repeated, save_tasks
+from buffers import Buffer, Task, load_seeds, load_tasks, repeated, save_tasks
 from executor import Executor
 from harness.config import Config, parse
 from policy.dialogue import STOP, Parts, encode, response_text, split_response, wrap
@@ -331,7 +331,7 @@ def seed_buffers(run: Run) -> None:
     source = Path(config.seeds) if config.seeds else own
     if given := bool(config.seeds) or own.exists():
         known = KINDS | config.buffered
-        for task in load_tasks(source, known):
+        for task in load_seeds(source, known) if config.seeds else load_tasks(source, known):
             pool = known[task.kind].pool or task.kind
             if pool in pools and fits(run, task, pools[pool]):
                 seeds[pool].add(task)
@@ -343,10 +343,10 @@ def seed_buffers(run: Run) -> None:
     if not given and run.writes:
         save_tasks(own.with_suffix(".tmp"), [task for pool in seeds.values() for task in pool])
         own.with_suffix(".tmp").rename(own)
-    if empty := [kind for kind in config.kinds if not len(run.buffers[kind])]:
-        raise SetupError(
-            f"{source} holds no seeds for {', '.join(empty)} that fit --max-prompt; raise it, or seed without --seeds"
-        )
+    full = {name for name, buffer in run.buffers.items() if len(buffer)}
+    wanted = [names for name, kind in config.kinds.items() for names in ([name], kind.sources) if names]
+    if empty := [" or ".join(names) for names in wanted if not full.intersection(names)]:
+        raise SetupError(f"{source} holds no {', '.join(empty)} seeds within --max-prompt; raise it, or omit --seeds")
 
 
 def share(run: Run, seeds: Buffer, kinds: list[Kind]) -> None:

@@ -17,7 +17,7 @@ import random
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
@@ -215,6 +215,12 @@ def load_tasks(path: Path, kinds: Mapping) -> list[Task]:
                     f"{path}, line {number}: not a whole task ({error}); delete the line or restore the file"
                 ) from None
     return tasks
+
+
+def load_seeds(path: Path, kinds: Mapping) -> list[Task]:
+    """As `load_tasks`, for tasks to begin a run with: the steps, names and rates that another run gave them go."""
+    tasks = enumerate(load_tasks(path, kinds))
+    return [replace(task, step=0, id=f"seed-{i}", references=[], solve_rate=None) for i, task in tasks]
 
 
 def read_task(line: str, kinds: Mapping) -> Task:

@@ -77,7 +77,7 @@ def generate(engine, tokenizer, suite: Suite, items: list[Item], header: dict, p
     depend on what is already there, so that a resumed run repeats the seeds of an uninterrupted one. A prompt that
     fills the model's context gets no answer."""
     prompts = [suite.prompt(item.text, tokenizer, header["template"]) for item in items]
-    asked = f"{dialogue.first_ids(tokenizer) or ''}{prompts[0]}"  # with BOS, which older versions left out
+    asked = f"{dialogue.first_ids(tokenizer) or ''}{prompts[0]}"  # with BOS
     header["prompts"] = hashlib.sha256(asked.encode()).hexdigest()[:16]
     _, done = read_responses(path, header)
     if path and not done:

@@ -112,13 +112,17 @@ def advantages(
     of the rows of its cell that have the same `tasks`, so that only attempts at one task are compared and how hard it
     is adds no variance; the deviation is still the cell's. A row whose task has no other teaches nothing then.
     """
-    centred = list(rewards)
+    centred, settled = list(rewards), []
     if baseline == "task":
         for rows in rows_of(list(zip(cells, tasks, strict=True))).values():
-            mean = sum(rewards[i] for i in rows) / len(rows)
+            weights = [lengths[i] if weighting == "token" else 1 for i in rows]
+            mean = sum(w * rewards[i] for w, i in zip(weights, rows, strict=True)) / sum(weights)
             for i in rows:
                 centred[i] -= mean
-    return whiten(centred, [""] * len(cells) if baseline == "global" else cells, lengths, weighting)
+            settled += rows if len({rewards[i] for i in rows}) == 1 else []
+    found = whiten(centred, [""] * len(cells) if baseline == "global" else cells, lengths, weighting)
+    found[settled] = 0.0  # the mean of their cell is, but for rounding
+    return found
 
 
 def shuffle_within_cells(rewards: Sequence[float], cells: Sequence[Hashable], rng: Random) -> list[float]:

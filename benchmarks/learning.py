@@ -21,6 +21,7 @@ from measuring import (
     ROOT,
     advantage,
     call,
+    claim,
     curve,
     gain_interval,
     measured,
@@ -52,11 +53,12 @@ def run_all(seeds: list[int], conditions: list[str], extra: list[str], tasks_fil
     def one(job: tuple[int, str]) -> None:
         seed, condition = job
         name = f"{condition.replace(' ', '-')}-{seed}"
-        folder = out / name
+        folder, log = out / name, out / "logs" / f"{name}.log"
+        flags = ["--preset", "tiny", "--seed", str(seed), *CONDITIONS[condition], *extra]
+        claim(folder, flags, log)
         if not (folder / "curve.svg").exists():
-            command = [sys.executable, "azr.py", "--preset", "tiny", "--seed", str(seed), *CONDITIONS[condition]]
-            command += [*extra, "--eval-suites", f"tasks:{tasks_file}:{CURVE}", "--out", str(folder)]
-            call(command, out / "logs" / f"{name}.log")
+            flags += ["--eval-suites", f"tasks:{tasks_file}:{CURVE}", "--out", str(folder)]
+            call([sys.executable, "azr.py", *flags], log)
         measured(folder / "checkpoint", tasks_file, out, name)
         print(f"done: {name}", flush=True)
 

@@ -40,6 +40,16 @@ def call(command: list[str], log: Path) -> None:
         raise RuntimeError(f"{' '.join(command)} ended with code {code}: see {log}")
 
 
+def claim(folder: Path, flags: list[str], log: Path) -> None:
+    """Keep the flags of a run beside its log. SystemExit where the folder holds a run that had others."""
+    kept, text = log.with_suffix(".flags"), " ".join(flags)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if not (folder.exists() and kept.exists()):
+        kept.write_text(text, encoding="utf-8")
+    elif kept.read_text(encoding="utf-8") != text:
+        sys.exit(f"{folder} was run with other flags ({kept}): give another --out, or delete it")
+
+
 def measured(model: Path, tasks: Path, out: Path, name: str) -> Path:
     """The rows of a model, OUT/rows/NAME.jsonl, measured in a process of its own unless they are there."""
     rows = out / "rows" / f"{name}.jsonl"

@@ -22,7 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from measuring import ROOT, advantage, call, head, measured, proposer, read_rows, row_of, score, signed, statements
+from measuring import (
+    ROOT,
+    advantage,
+    call,
+    claim,
+    head,
+    measured,
+    proposer,
+    read_rows,
+    row_of,
+    score,
+    signed,
+    statements,
+)
 
 from buffers import load_tasks, save_tasks
 from harness.checkpoint import read_log
@@ -120,14 +133,14 @@ def finished(folder: Path) -> bool:
 
 def train(job: Job, out: Path, extra: list[str]) -> None:
     """Run one job, or go on with it, or leave it as it is when it is finished."""
-    folder = out / job.name
+    folder, log = out / job.name, out / "logs" / f"{job.name}.log"
+    flags = ["--preset", "tiny-skill", "--steps", "300", "--seed", str(job.seed), *job.flags, *extra]
+    claim(folder, flags, log)
     if finished(folder):
         return
-    command = ["--resume", str(folder)]
-    if not (folder / "config.json").exists():
-        command = ["--preset", "tiny-skill", "--steps", "300", "--seed", str(job.seed), *job.flags, *extra]
-        command += ["--out", str(folder)]
-    call([sys.executable, "azr.py", *command], out / "logs" / f"{job.name}.log")
+    started = (folder / "config.json").exists()
+    command = ["--resume", str(folder)] if started else [*flags, "--out", str(folder)]
+    call([sys.executable, "azr.py", *command], log)
     print(f"done: {job.name}", flush=True)
 
 
@@ -351,23 +364,27 @@ def figure(out: Path, conditions: Sequence[str], seeds: Sequence[int]) -> str:
 
 
 def ablation_table(out: Path, seeds: Sequence[int], groups: Iterable[str]) -> tuple[dict, str]:
-    """Of each setting: greedy gain over the base model, and the difference to the first setting of its group."""
+    """Of each setting: accuracy at the unshown depths, gain over the base model, difference to the first setting of its
+    group, and how long the proposer's programs are at the end. Greedy."""
     base = read_rows(out / "rows" / "base.jsonl")["greedy"]
     result: dict = {"seeds": list(seeds), "n": len(base), "groups": {}}
     lines = [f"# Ablations: {len(seeds)} seeds, {len(base)} held-out tasks", ""]
-    lines += [
-        f"Greedy, points against the base model, and against the first setting of the group: mean {INTERVAL}.",
-        "",
-    ]
-    lines += head(["setting", "", "unshown", "shown", "unshown, difference", "shown, difference"])
+    lines += ["Greedy accuracy at the unshown depths, in percent; points against the base model, and against the first "
+              f"setting of the group: mean {INTERVAL}; statements of the last five steps' programs.", ""]  # fmt: skip
+    deep = [depth for depth in accuracies([base])["depth"] if int(depth) > SHOWN]
+    lines += head(["setting", "", *deep, "unshown", "shown", "unshown, difference", "shown, difference", "statements"])
     for group, labels in ((group, ABLATIONS[group]) for group in groups):
         first = None
         for label, flags in labels.items():
             rows = [read_rows(out / "rows" / f"{named(flags)}-{seed}.jsonl")["greedy"] for seed in seeds]
             entry = {"gain": compare([base], rows), "difference": compare(first, rows) if first else None}
+            entry |= {"depth": accuracies(rows)["depth"]}
+            entry |= {"runs": [run_facts(out / f"{named(flags)}-{seed}") for seed in seeds]}
             result["groups"].setdefault(group, {})[label] = entry | {"flags": flags}
-            cells = [signed(entry["gain"][part]) for part in ("unshown", "shown")]
+            cells = [f"{100 * entry['depth'][depth]:.1f}" for depth in deep]
+            cells += [signed(entry["gain"][part]) for part in ("unshown", "shown")]
             cells += [signed(entry["difference"][part]) if first else "-" for part in ("unshown", "shown")]
+            cells.append(f"{mean(run['proposer']['last']['statements'] for run in entry['runs']):.1f}")
             lines.append(row_of([group, label, *cells]))
             first = first or rows
     return result, "\n".join(lines) + "\n"

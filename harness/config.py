@@ -3,7 +3,8 @@
 What it does: `Config` is the single source of `python azr.py --help`, of RUN/config.json and of the checks at start.
 What it leaves out: knobs nobody needs. Temperature is 1 and no top-p, top-k or penalty exists, because the policy
 gradient differentiates the distribution that was sampled.
-Paper: Table 3 (hyper-parameters); where paper and official code differ the default is the paper's.
+Paper: Table 3 (hyper-parameters); where paper and official code differ the default is the paper's, but for the mean
+of the loss (docs/differences.md).
 
     config, extra = parse(["--model", "Qwen/Qwen2.5-3B-Coder", "--steps", "100"])
 """
@@ -38,7 +39,7 @@ MAY_BE_NEGATIVE = ("zero_reward", "duplicate_reward", "solve_prompts")
 class Config:
     # What to train, where
     model: str = option("", "Hugging Face folder or hub name; empty: an embedded tiny one")
-    preset: str = option("", "named set of values for a model size (docs/presets.md)")
+    preset: str = option("", "named set of defaults for a model size (docs/presets.md); without --model: tiny-skill")
     out: str = option("", "run folder; empty: runs/DATE-MODEL")
     seed: int = option(0, "the one seed from which every random choice follows")
     device: str = option("auto", "where the policy lives", choices=("auto", "cuda", "cpu"))

@@ -82,13 +82,12 @@ def held_bytes(device: str) -> int:
 def log_start(run, update: dict) -> None:
     """The seeds in their buffers, and the record of step 0; `update`: the evaluation of the untrained model."""
     record = {"step": 0, **metrics.buffer_metrics(run.buffers), **update}
-    run.watch.remember(record)
-    if not run.writes:
-        return
-    (run.folder / "buffers").mkdir(exist_ok=True)
-    for kind, buffer in run.buffers.items():
-        save_tasks(run.folder / f"buffers/{kind}.jsonl", buffer)
-    append(run.folder / "metrics.jsonl", [record])
+    if run.writes:
+        (run.folder / "buffers").mkdir(exist_ok=True)
+        for kind, buffer in run.buffers.items():
+            save_tasks(run.folder / f"buffers/{kind}.jsonl", buffer)
+        append(run.folder / "metrics.jsonl", [record])
+    run.watch.remember(record)  # last: a run that is stopped before has nothing that could be saved
 
 
 def log(run, proposals: Sequence, attempts: Sequence, update: dict, seconds: float) -> dict:

@@ -118,6 +118,13 @@ def buffer_metrics(buffers: Mapping[str, Buffer]) -> dict[str, float]:
     return metrics
 
 
+def standard_error(accuracy: float, tasks: int) -> float:
+    """Of an accuracy over so many tasks, with two right and two wrong answers added (Agresti and Coull, 1998): without
+    them it would be zero where all are right."""
+    share = (accuracy * tasks + 2) / (tasks + 4)
+    return math.sqrt(share * (1 - share) / (tasks + 4))
+
+
 class Change(NamedTuple):
     """An accuracy in two records, each with its standard error; that of the difference is theirs of two independent
     samples, which is larger than that of paired ones."""
@@ -141,7 +148,7 @@ def compare(before: Mapping, after: Mapping) -> list[Change]:
 
     def change(suite: str, group: str, key: str, count: str) -> Change:
         accuracies = before[key], after[key]
-        return Change(suite, group, *accuracies, *(math.sqrt(p * (1 - p) / after[count]) for p in accuracies))
+        return Change(suite, group, *accuracies, *(standard_error(p, after[count]) for p in accuracies))
 
     for suite in [key.removesuffix("/all/n") for key in before if key.endswith("/all/n") and key in after]:
         found = [re.fullmatch(rf"{re.escape(suite)}/(?!all/)([^/]+)/n", key) for key in after]
@@ -172,7 +179,7 @@ WATCHED = {  # metric of a cell -> (what is left of its best level when it rings
 WATCHED_KEY = re.compile(rf"(propose|solve)/[^/]+/(accuracy|{'|'.join(WATCHED)})")  # accuracy: see `read_window`
 RATE_KEY = re.compile("propose/[^/]+/solve_rate_mean")
 TOO_HARD, TOO_EASY = 0.05, 0.95  # mean solve rate beyond which hardly any proposal earns a reward
-EVALUATION_KEY = re.compile("eval/[^/]+/(?!depth)[^/]+/accuracy")  # depths are left to the tables: too few tasks each
+EVALUATION_KEY = re.compile("eval/[^/]+/((?!depth)[^/]+/)?accuracy")  # depths are left to the tables: too few tasks
 ACCURACY_LOST = 0.08  # held-out points; below this a difference of two evaluations is not worth acting on
 EVAL_TASKS = 100  # assumed when a record does not say how many tasks an accuracy comes from
 
@@ -181,9 +188,10 @@ class Watch:
     """Reads the records of metrics.jsonl one by one, in order, and says what rings at each.
 
     Trends of a step's metrics are judged once per WINDOW steps, held-out accuracies ("eval/<suite>/<group>/accuracy",
-    with ".../n" tasks) at each evaluation, so the same sentence is not repeated every step. Each sentence names the
-    cell, the numbers and the flag to change. What stays of a record is a few numbers per window, so that step 100,000
-    costs and holds about what step 100 did; a resumed run reads its metrics.jsonl again and knows as much.
+    with ".../n" tasks; "eval/<suite>/accuracy" where a suite has no groups) at each evaluation, so the same sentence is
+    not repeated every step. Each names the cell, the numbers and the flag to change. What stays of a record is a few
+    numbers per window, so that step 100,000 costs and holds about what step 100 did; a resumed run reads its
+    metrics.jsonl again and knows as much.
     """
 
     def __init__(self) -> None:
@@ -212,12 +220,16 @@ class Watch:
                 self.rates.clear()
             if len(self.window) == WINDOW:
                 rung = self.read_window()
-        for key in filter(EVALUATION_KEY.fullmatch, record):
+        found = [key for key in record if EVALUATION_KEY.fullmatch(key)]
+        for key in found:
+            suite = key.removesuffix("accuracy")
+            if any(other.startswith(suite) for other in found if other != key):
+                continue  # its groups are judged
             self.means[key].append(record[key])
             level = best_level(self.means[key])
-            tasks = record.get(key.removesuffix("accuracy") + "n") or EVAL_TASKS
+            tasks = record.get(f"{suite}n") or record.get(f"{suite}all/n") or EVAL_TASKS
             # Both evaluations use the same tasks, so the standard error of their difference is below this one.
-            margin = max(ACCURACY_LOST, 2 * math.sqrt(2 * level * (1 - level) / tasks))
+            margin = max(ACCURACY_LOST, 2 * math.sqrt(2) * standard_error(level, tasks))
             remedy = "lower --lr, and use --keep-best to keep the model from before the fall"
             rung += fall_alarm(f"held-out {key}", self.means[key], level - margin, remedy)
         return rung

@@ -183,7 +183,7 @@ def split_response(response: str, prefilled: bool = True, tags: Tags = TAGS) -> 
 
 
 FENCE = re.compile(r"([ \t]*)(`{3,}+|~{3,}+)(?!.*\2)[ \t]*(.*)|(?:.*[\s:])()(```|~~~)([A-Za-z][\w.+#-]*)[ \t]*")
-ONE_LINE = re.compile(r"(?<![`~])(`{3,}+|~{3,}+)\s*(?:([A-Za-z][\w.+#-]*):?\s+)?(\S.*?)\s*\1")
+ONE_LINE = re.compile(r"(?<![`~])(`{3,}+|~{3,}+)\s*(?:([A-Za-z][\w.+#-]*):?\s+)?(\S.*?)\1")
 
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
@@ -208,7 +208,7 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
         elif fence:
             blocks[-1][1].append(line)
         else:
-            blocks += [(clean_label(word or ""), [content]) for _, word, content in ONE_LINE.findall(line)]
+            blocks += [(clean_label(word or ""), [content.rstrip()]) for _, word, content in ONE_LINE.findall(line)]
     return [(label, "\n".join(lines)) for label, lines in blocks]
 
 
@@ -228,7 +228,7 @@ def bare(text: str, label: str) -> str:
     return found[2].strip()
 
 
-CALL = r"(?:#.*\s*)*(?:assert\s+)?f\s*\("
+CALL = r"(?:#.*+\s*+)*+(?:assert\s+)?f\s*\("  # possessive: a rule of `#` would take ages
 # Behind a call: an operator, or another call. Prose, an arrow or an equals sign say what it returns.
 GOES_ON = r"(?s)\s*(?!->|=>)(?:[-+*/%@|&^,<>\[{!]|\.\w|(?:or|and|if|in|is|not|for)\b)|.*\bf\("
 

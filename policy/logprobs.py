@@ -49,8 +49,10 @@ class _TokenLogprobs(torch.autograd.Function):
         (hidden, weight, bias, targets), size = ctx.saved_tensors, ctx.size
         grad_hidden = torch.empty_like(hidden)
         # Sums over chunks are kept in fp32: bf16 would drop the small terms of late chunks.
-        grad_weight = torch.zeros_like(weight, dtype=grad_logprob.dtype)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=grad_logprob.dtype)
+        grad_weight, grad_bias = (  # none of a frozen head, which adapters leave as it is
+            torch.zeros_like(each, dtype=grad_logprob.dtype) if wanted else None
+            for each, wanted in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+        )
         for start in range(0, len(targets), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             logp = _TokenLogprobs.log_softmax(hidden[part], weight, bias, size)  # (C, size)
@@ -62,10 +64,12 @@ class _TokenLogprobs(torch.autograd.Function):
             else:
                 grad = logp.exp_().mul_(-grad_logprob[part, None])
             grad.scatter_add_(-1, targets[part, None], grad_logprob[part, None])
-            if bias is not None:
+            if grad_bias is not None:
                 grad_bias[:size] += grad.sum(0)
             grad = grad.to(hidden.dtype)
             torch.mm(grad, weight[:size], out=grad_hidden[part])
+            if grad_weight is None:
+                continue
             if grad.dtype == grad_weight.dtype:
                 grad_weight[:size].addmm_(grad.T, hidden[part])
             else:

@@ -1,10 +1,11 @@
 """Tests of tasks, buffers and their files."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from buffers import Buffer, Task, draw_references, load_tasks, program_digest, refill, repeated, save_tasks
+from buffers import Buffer, Task, draw_references, load_seeds, load_tasks, program_digest, refill, repeated, save_tasks
 from prompts import KINDS
 
 PROGRAM = "def f(items, k):\n    total = 0\n    for x in items:\n        total = total * k + x\n    return total"
@@ -132,6 +133,16 @@ def test_tasks_survive_a_file_and_a_truncated_one_names_its_line(tmp_path):
     (tmp_path / "tasks.jsonl").write_text(text[:-20])
     with pytest.raises(ValueError, match=r"tasks\.jsonl, line 3"):
         load_tasks(tmp_path / "tasks.jsonl", KINDS)
+
+
+def test_tasks_of_another_run_become_seeds(tmp_path):
+    """Their step would pass for a step of this run, their name for that of another task."""
+    zero = KINDS["deduction"].zero()
+    save_tasks(
+        tmp_path / "tasks.jsonl", [replace(zero, step=3, id="3-deduction-0", solve_rate=0.5, references=["x"]), zero]
+    )
+    seeds = load_seeds(tmp_path / "tasks.jsonl", KINDS)
+    assert seeds == [replace(zero, id="seed-0"), replace(zero, id="seed-1")] and seeds[0].step == 0
 
 
 def test_a_full_buffer_comes_back_from_the_file_of_all_that_ever_entered(tmp_path):

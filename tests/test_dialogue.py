@@ -400,6 +400,16 @@ def test_an_input_is_read_as_python(text):
     assert arguments(text.replace("[1, 5]", "[')', '# f(1)']")) == "[')', '# f(1)'], 3"
 
 
+@pytest.mark.parametrize(
+    "text", ["#" * 400 + "\n[1]", "# " * 400 + "\n[1]", "# a  \n" * 400 + "[1]", "#\n" * 400 + "f"]
+)
+def test_no_comment_keeps_the_parser_busy(text):
+    """A rule of `#` used up hours: the time doubled with each. No limit of the executor covers what is only read."""
+    assert arguments(text) == text.strip() and arguments(f"{'#' * 400}\nf(1)") == "1"
+    assert fenced_blocks(f"x ```a b{' ' * 20_000}c") == []
+    assert fenced_blocks("x ```python  a = 1  ``` y") == [("python", "a = 1")]
+
+
 def test_a_multi_line_call_keeps_its_comments_and_comments_make_no_second_input(tmp_path):
     assert syntax(arguments("f([1,  # one\n   5], 3)")) == syntax("[1, 5], 3") == syntax("[1, 5], 3  # c")
     blocks = "".join(f"```input {n}\n{text}\n```\n" for n, text in enumerate(("f(1)", "f(1)  # again", "1 # bare")))

@@ -249,6 +249,17 @@ def test_small_evaluations_need_a_larger_fall():
     assert alarms(few) == [] and len(alarms(many)) == 1
 
 
+def test_all_right_is_no_certainty_and_a_suite_without_groups_is_watched_as_a_whole():
+    falls = [{"step": k, "eval/s/easy/accuracy": v, "eval/s/easy/n": 20} for k, v in enumerate([1, 1, 1, 0.9, 0.9])]
+    assert alarms(falls) == []  # two of twenty
+    whole = [{"step": k, "eval/humaneval+/accuracy": v, "eval/humaneval+/all/n": 164} for k, v in enumerate([0.6] * 3)]
+    whole += [record | {"step": 3 + k, "eval/humaneval+/accuracy": 0.1} for k, record in enumerate(whole[:2])]
+    [sentence] = alarms(whole)
+    assert "eval/humaneval+/accuracy fell from 0.60 to 0.10" in sentence
+    grouped = [record | {"eval/humaneval+/easy/accuracy": 0.5, "eval/humaneval+/easy/n": 80} for record in whole]
+    assert alarms(grouped) == []  # its groups are judged, and they stay
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Monitor
 
@@ -355,11 +366,11 @@ def test_comparison_table_has_depths_task_types_their_mean_and_suites_without():
     rows = [line.split() for line in comparison_table(before, after).splitlines()]
     assert rows == [
         ["before", "after", "change", "standard", "error"],
-        ["test", "depth1", "0.100", "0.500", "+0.400", "0.065"],  # sqrt((0.1 x 0.9 + 0.5 x 0.5) / 80)
-        ["test", "abduction", "0.400", "0.400", "+0.000", "0.069"],  # sqrt(2 x 0.4 x 0.6 / 100)
-        ["test", "deduction", "0.200", "0.600", "+0.400", "0.063"],  # sqrt((0.2 x 0.8 + 0.6 x 0.4) / 100)
-        ["test", "mean", "0.300", "0.500", "+0.200", "0.047"],
-        ["humaneval", "0.500", "0.500", "+0.000", "0.100"],
+        ["test", "depth1", "0.100", "0.500", "+0.400", "0.065"],  # each (p n + 2) / (n + 4) of n + 4
+        ["test", "abduction", "0.400", "0.400", "+0.000", "0.068"],  # sqrt(2 x 42/104 x 62/104 / 104)
+        ["test", "deduction", "0.200", "0.600", "+0.400", "0.063"],  # sqrt((22 x 82 + 62 x 42) / 104^3)
+        ["test", "mean", "0.300", "0.500", "+0.200", "0.046"],
+        ["humaneval", "0.500", "0.500", "+0.000", "0.096"],
     ]
 
 

@@ -203,6 +203,7 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(capsys, arguments, words)
         (["--seeds", "nopython.jsonl"], "nopython.jsonl, line 2"),
         (["--seeds", "binary.jsonl"], "binary.jsonl, line 1"),
         (["--seeds", "all_shown.jsonl"], "visible is 99"),
+        (["--seeds", "induction.jsonl", "--tasks", "induction"], "holds no abduction or deduction seeds"),
         (["--eval-every", "1", "--eval-suites", "divination"], "choose from humaneval"),
         (["--eval-every", "1", "--eval-suites", "tasks:missing.jsonl"], "missing.jsonl"),
     ],
@@ -212,6 +213,7 @@ def test_what_turns_out_wrong_before_the_first_step_is_one_sentence(tmp_path, mo
     (tmp_path / "bad.jsonl").write_text("{}\n")
     save_tasks(tmp_path / "nopython.jsonl", [KINDS["deduction"].zero(), Task("abduction", "def f(:", ["1"], ["1"])])
     save_tasks(tmp_path / "all_shown.jsonl", [replace(KINDS["induction"].zero(), visible=99)])
+    save_tasks(tmp_path / "induction.jsonl", [KINDS["induction"].zero()])
     (tmp_path / "binary.jsonl").write_bytes(bytes(range(256)))
     seeds = [] if "--seeds" in arguments or "--max-prompt" in arguments else ["--seeds", "seeds.jsonl"]
     save_tasks(tmp_path / "seeds.jsonl", [kind.zero() for kind in KINDS.values()])
@@ -318,6 +320,22 @@ def test_ctrl_c_before_the_first_step_is_one_line(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(azr, "start", interrupted)
     assert azr.main([*SMALL, "--out", str(tmp_path / "r")]) == 130
     assert capsys.readouterr().out.strip() == "stopped"
+
+
+def test_ctrl_c_while_the_first_record_is_written_leaves_a_run_that_begins_again(
+    whole_run, tmp_path, monkeypatch, capsys
+):
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "r"
+    with monkeypatch.context() as patch:
+        patch.setattr(azr.journal, "append", interrupted)
+        seeds = ["--seeds", str(whole_run / "seeds.jsonl"), "--steps", "1"]
+        assert azr.main([*SMALL, *seeds, "--out", str(folder)]) == 130
+    assert "stopped before the first step" in capsys.readouterr().out and not (folder / "checkpoint").exists()
+    assert azr.main(["--resume", str(folder)]) == 0
+    assert (folder / "metrics.jsonl").read_text().count('"step"') == 2
 
 
 def test_a_broken_trainer_state_says_what_to_do(whole_run, tmp_path, capsys):

@@ -28,6 +28,7 @@ def test_the_queue_resumes_what_was_stopped_keeps_what_is_done_and_writes_its_fi
     about = json.loads((out / job.name / "config.json").read_text())
     about["config"]["steps"] = 2  # as if it had been stopped after its first step
     (out / job.name / "config.json").write_text(json.dumps(about))
+    (out / "logs" / "trained-0.flags").unlink()
     assert not skill.finished(out / job.name)
     arguments = ["--seeds", "0", "--conditions", "trained", "--tasks", str(tasks), "--samples", "4", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["skill.py", *arguments, "--extra", extra, "--results", str(tmp_path / "docs")])
@@ -89,3 +90,33 @@ def test_differences_are_paired_by_seed_and_task():
     assert found["unshown"]["per_seed"] == [1.0, 0.5] and found["unshown"]["mean"] == 0.75
     assert found["shown"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "per_seed": [0.0, 0.0]}
     assert found["unshown"]["low"] < 0.75 < found["unshown"]["high"]
+
+
+def test_a_folder_is_not_taken_for_a_run_with_other_flags(tmp_path):
+    job = skill.Job("trained", 0, ())
+    skill.claim(tmp_path / job.name, ["--steps", "60"], tmp_path / "logs" / "trained-0.log")
+    skill.claim(tmp_path / job.name, ["--steps", "300"], tmp_path / "logs" / "trained-0.log")  # nothing was run yet
+    (tmp_path / job.name).mkdir()
+    with pytest.raises(SystemExit, match="run with other flags .* give another --out"):
+        skill.train(job, tmp_path, ["--steps", "60"])
+    assert not list((tmp_path / job.name).iterdir())
+
+
+def test_the_table_of_ablations_compares_with_the_first_setting_of_a_group(tmp_path):
+    def rows(right: int) -> str:
+        found = [(kind, i) for kind in KINDS for i in range(8)]  # four deep ones and four others of each kind
+        lines = [{"kind": k, "depth": 5 if i < 4 else 2, "correct": i < right or i >= 4} for k, i in found]
+        return "".join(json.dumps(line | {"mode": "greedy", "reasons": True}) + "\n" for line in lines)
+
+    (tmp_path / "rows").mkdir()
+    for name, right in (("base", 1), ("trained-0", 3), ("zero-reward-0-5-0", 2)):
+        (tmp_path / "rows" / f"{name}.jsonl").write_text(rows(right))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "timing.jsonl").write_text('{"step": 1, "seconds/step": 60}\n')
+        task = {"step": 1, "kind": "deduction", "solve_rate": 0.5, "program": "def f(x):\n    x = x\n    return x"}
+        (tmp_path / name / "tasks.jsonl").write_text(json.dumps(task) + "\n")
+    result, table = skill.ablation_table(tmp_path, [0], ["reward at r = 0 and 1"])
+    [first, second] = result["groups"]["reward at r = 0 and 1"].values()
+    assert first["difference"] is None and first["gain"]["unshown"]["per_seed"] == [0.5] and first["depth"]["5"] == 0.75
+    assert second["difference"]["unshown"]["per_seed"] == [-0.25] and second["runs"][0]["minutes"] == 1
+    assert "| -0.5 | 50.0 | +25.0 [" in table and table.rstrip().endswith("| 1.0 |")

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from policy.logprobs import token_logprobs
@@ -198,6 +199,19 @@ def test_a_baseline_per_task_leaves_other_cells_and_tasks_of_other_kinds_alone()
     assert found[3] == -found[4] > 0 and not found[5:].any()
 
 
+@pytest.mark.parametrize("weighting", ["sequence", "token"])
+@pytest.mark.parametrize("attempts", [7, 8, 9])
+def test_a_baseline_per_task_teaches_exactly_nothing_where_all_attempts_end_alike(weighting, attempts):
+    rng = np.random.default_rng(attempts)
+    rewards = [1.0] * attempts + [-0.5] * attempts + rng.choice([1.0, -0.5], 4 * attempts).tolist()
+    tasks, lengths = np.repeat(range(6), attempts).tolist(), rng.integers(1, 90, 6 * attempts).tolist()
+    found = advantages(rewards, ["solve"] * len(rewards), tasks, lengths, "task", weighting)
+    assert not found[: 2 * attempts].any() and found[2 * attempts :].any()
+    weight = torch.tensor(lengths if weighting == "token" else [1] * len(rewards), dtype=torch.float64)
+    for rows in torch.arange(len(rewards)).split(attempts):
+        assert abs((weight * found)[rows].sum()) < 1e-9 * weight[rows].sum()
+
+
 def test_a_global_baseline_is_one_cell_for_all_rows():
     rewards, cells = [1.0, -0.5, 0.5, 0.5], ["a", "a", "b", "b"]
     found = advantages(rewards, cells, ["t"] * 4, [1, 2, 3, 4], "global", "token")
@@ -282,6 +296,30 @@ def test_bf16_hidden_states_get_an_fp32_softmax():
     torch.testing.assert_close(logprob, torch.log_softmax(logits, -1).gather(-1, targets[:, None]).squeeze(-1))
     logprob.sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_head_costs_no_gradient_of_its_size(dtype):
+    """As with adapters, whose memory plan counts none."""
+    hidden, weight, targets = torch.randn(20, 8, dtype=dtype), torch.randn(300, 8, dtype=dtype), torch.arange(20)
+    bias, gradients = torch.randn(300, dtype=dtype), []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            if function.overloadpacket._qualified_op_name in ("aten::zeros_like", "aten::mm"):  # no views
+                shapes.append(tuple(made.shape))
+            return made
+
+    for frozen in (True, False):
+        shapes, head = [], weight.clone().requires_grad_(not frozen)
+        row = hidden.clone().requires_grad_()
+        logprob, entropy = token_logprobs(row, head, targets, bias, chunk=5, entropy_grad=True)
+        with Shapes():
+            (logprob.sum() + entropy.sum()).backward()
+        assert ((300, 8) in shapes) is not frozen and (head.grad is None) is frozen
+        gradients.append(row.grad)
+    assert torch.equal(*gradients)
 
 
 def test_no_token_by_vocabulary_matrix_is_saved_for_backward():
