@@ -16,6 +16,7 @@ Within training, `azr.py --eval-every N --eval-suites cruxeval-o:100,tasks:FILE`
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import sys
@@ -25,51 +26,17 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean as mean
 
-import numpy as np
 from tqdm import tqdm
 
 from policy import dialogue
 from policy.dialogue import TAGS, Tags, read_tags, split_response
 from prompts import KINDS, Kind, load_kinds
 from suites.compare import compare, pass_at_k, standard_error, summary
-from suites.judge_math import require_math_verify
+from suites.files import fingerprint, read_responses, read_results, write_results
 from suites.table import GROUPS, SUITES, EvalPlus, Item, Suite, expand, load_items, read_samples
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation, resumable
-
-
-def read_responses(path: Path | None, header: dict) -> tuple[dict, dict[str, list[dict]]]:
-    """What `path` holds already: settings, and responses by item. A half-written last line (a kill) is dropped from the
-    file. Raises ValueError where it was made with other settings or weights than `header`, or is damaged."""
-    *whole, cut = path.read_text(encoding="utf-8", errors="replace").split("\n") if path and path.is_file() else [""]
-    if not whole:
-        return {}, {}
-    found = defaultdict(list)
-    try:
-        old, *rows = [dict(json.loads(line)) for line in whole]
-        old["samples"], old["template"]
-        for row in rows:
-            found[row["id"]].append({key: row[key] for key in ("response", "tokens", "truncated")})
-        wrong = [f"{key} {old[key]!r} instead of {value!r}" for key, value in header.items()
-                 if key != "data" and value is not None and old.get(key, value) != value]  # fmt: skip
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): delete the file.") from None
-    if wrong:
-        raise ValueError(f"{path} was made with {', '.join(wrong)}: choose another --out or delete the file.")
-    if cut:
-        path.write_text("\n".join(whole) + "\n", encoding="utf-8")
-    return old, found
-
-
-def fingerprint(model: str) -> str | None:
-    """A digest of the ends of a folder's weight files, which change with any training; None for a hub name."""
-    digest = hashlib.sha256()
-    for path in sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]):
-        weights = np.memmap(path, mode="r")
-        digest.update(weights[: 1 << 20])
-        digest.update(weights[-1 << 20 :])
-    return digest.hexdigest()[:16] if Path(model).is_dir() else None
 
 
 def generate(engine, tokenizer, suite: Suite, items: list[Item], header: dict, path: Path | None, bar: tqdm) -> dict:
@@ -77,8 +44,6 @@ def generate(engine, tokenizer, suite: Suite, items: list[Item], header: dict, p
     depend on what is already there, so that a resumed run repeats the seeds of an uninterrupted one. A prompt that
     fills the model's context gets no answer."""
     prompts = [suite.prompt(item.text, tokenizer, header["template"]) for item in items]
-    asked = f"{dialogue.first_ids(tokenizer) or ''}{prompts[0]}"  # with BOS
-    header["prompts"] = hashlib.sha256(asked.encode()).hexdigest()[:16]
     _, done = read_responses(path, header)
     if path and not done:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,19 +85,18 @@ def load_suites(
     found = []
     for spec, name, own_limit in expand(specs):
         suite, items, about = load_items(name, data_dir, files or {}, kinds)
-        if suite.group == "math":
-            require_math_verify()
+        items = items[: own_limit or limit]
+        suite.require(items)
         if "note" in about:
             print(f"note: {about['note']}", file=sys.stderr)
-        found.append((spec, name, suite, items[: own_limit or limit], about))
+        found.append((spec, name, suite, items, about))
     return found
 
 
-def run_suites(
+def plan_suites(
     suites: Sequence[tuple[str, str, Suite, list[Item], dict]],
     engine,
     tokenizer,
-    executor=None,
     *,
     out_dir: str | Path | None = None,
     template: str = "plain",
@@ -143,25 +107,21 @@ def run_suites(
     max_tokens: int | None = None,
     seed: int = 0,
     model: str | None = None,
-    progress: bool = False,
-) -> dict[str, dict]:
-    """Generate and score what `load_suites` gave; returns a record per spec (see `make_record`). With `out_dir`, all
-    that docs/evaluation.md lists is written there, suite by suite, so that nothing that was scored is lost.
-
-    `engine` None scores the responses that `out_dir` already has. `executor` is the judge of the reasoning suites (one
-    is made where None); benchmark code always runs in an executor of its own limits. `max_tokens` lowers a suite's own.
-    """
-    records = {}
+) -> list[tuple[str, str, Suite, list[Item], dict, Path | None]]:
+    """(spec, name, suite, items, settings, file of responses) for each suite that `load_suites` gave. Raises ValueError
+    where that file in `out_dir` is damaged or of other settings, or, with `engine` None (its responses are scored), has
+    none. `max_tokens` lowers a suite's own."""
+    plans = []
     for spec, name, suite, items, about in suites:
         suite, header = replace(suite, tags=tags), dict(about)
         stem = Path(suite.file).stem if suite.group == "code" else stem_of(name)  # humaneval and humaneval+ share one
         path = Path(out_dir, "responses", f"{stem}.jsonl") if out_dir else None
         if engine is None:
-            if not (path and path.is_file()):
-                raise ValueError(f"There are no responses of {name} at {path}: generate them first, or check --out.")
             header, done = read_responses(path, header)
+            if not header:
+                raise ValueError(f"There are no responses of {name} at {path}: generate them first, or check --out.")
             suite = replace(suite, tags=read_tags(header.get("tags", "auto")))
-            items = [item for item in items if len(done.get(item.id, ())) >= header["samples"]]
+            items = [item for item in items if item.id in done]
             if not items:
                 raise ValueError(f"{path} has no response to any item of {name}: generate first.")
         else:
@@ -170,6 +130,26 @@ def run_suites(
                        "tags": ",".join(tags), "samples": samples, "temperature": temperature, "top_p": top_p,
                        "seed": seed, "weights": model and fingerprint(model), "engine": engine.name,
                        "dtype": engine.dtype, "max_model_len": engine.max_model_len}  # fmt: skip
+            for kind, item in {getattr(item.gold, "kind", ""): item for item in reversed(items)}.items():
+                first = suite.prompt(item.text, tokenizer, header["template"])
+                asked = f"{dialogue.first_ids(tokenizer) or ''}{first}".encode()  # with BOS
+                header[f"prompts {kind}"] = hashlib.sha256(asked).hexdigest()[:16]
+            read_responses(path, header)
+        plans.append((spec, name, suite, items, header, path))
+    return plans
+
+
+def run_suites(
+    plans: Sequence[tuple], engine, tokenizer, executor=None, out_dir=None, progress=False
+) -> dict[str, dict]:
+    """Generate (unless `engine` is None) and score what `plan_suites` gave; returns a record per spec (`make_record`).
+    With `out_dir`, all that docs/evaluation.md lists is written there, suite by suite, so that nothing that was scored
+    is lost. `executor`: the judge of the reasoning suites; benchmark code runs in an executor of its own limits."""
+    records = {}
+    for spec, name, suite, items, header, path in plans:
+        if engine is None:
+            _, done = read_responses(path, header)
+        else:
             with tqdm(total=len(items), desc=f"{name} generate", disable=None if progress else True) as bar:
                 done = generate(engine, tokenizer, suite, items, header, path, bar)
         rows = []
@@ -190,6 +170,7 @@ def score_samples(name: str, path: Path, data_dir: Path, files: Mapping, kinds: 
     """Score somebody else's samples of one suite (`read_samples`). Tasks that the file misses are left out of the
     average, and their number is printed and recorded."""
     suite, items, about = load_items(name, data_dir, files, kinds)
+    suite.require(items)
     suite = replace(suite, tags=tags)
     rows = read_samples(path, name, suite, items)
     counts = Counter(item.id for item, _, _ in rows)
@@ -226,7 +207,7 @@ def make_record(suite: Suite, name: str, rows, header: dict, executor, progress:
         "truncated": mean(row["truncated"] for _, row, _ in rows),
         "no_answer": mean(answer is None or not answer.strip() for _, _, answer in rows),
         "tokens": mean(row["tokens"] for _, row, _ in rows),
-        **{key: value for key, value in header.items() if key != "prompts"},
+        **{key: value for key, value in header.items() if not key.startswith("prompts")},
     }
     ks = [k for k in (2, 4, 8, 16, 32, 64) if k <= min(map(len, by_item.values()))]
     record["pass_at"] = {str(k): mean(pass_at_k(len(v), int(sum(v)), k) for v in by_item.values()) for k in ks}
@@ -245,10 +226,12 @@ def during_training(run) -> dict[str, float]:
     config, found = run.config, {}
     suites = load_suites(config.eval_suites.split(","), Path(config.eval_data), config.kinds)
     for temperature in (0.0, 1.0) if run.step in (0, config.steps) else (0.0,):
-        records = run_suites(
-            suites, run.engine, run.tokenizer, run.executor, template=config.template, tags=config.tag_names,
-            temperature=temperature, seed=config.seed, max_tokens=config.eval_max_tokens or config.max_response,
+        longest = config.eval_max_tokens or config.max_response
+        plans = plan_suites(
+            suites, run.engine, run.tokenizer, template=config.template, tags=config.tag_names,
+            temperature=temperature, seed=config.seed, max_tokens=longest,
         )  # fmt: skip
+        records = run_suites(plans, run.engine, run.tokenizer, run.executor)
         for suite, record in records.items():
             name = f"{'eval-t1' if temperature else 'eval'}/{Path(suite).stem}"
             found |= {f"{name}/{key}": value for key, value in flatten(record).items()}
@@ -351,28 +334,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_results(path: Path) -> dict[str, dict]:
-    """Records by suite, as `write_results` left them in a file or its folder. Raises ValueError for anything else."""
-    path = path / "results.json" if path.is_dir() else path
-    try:
-        records = dict(json.loads(path.read_text(encoding="utf-8")))
-        for record in records.values():
-            sum(record["scores"].values())
-        return records
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no results.json of an evaluation ({error!r}): give another, move or restore it."
-        ) from None
-
-
-def write_results(path: Path, records: dict[str, dict]) -> None:
-    """Put records among those that are there; another evaluation may have written meanwhile."""
-    kept = read_results(path) if path.is_file() else {}
-    path.with_suffix(".tmp").write_text(json.dumps(kept | records, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".tmp").replace(path)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
+    begun = False  # from there on what goes wrong is no fault of what was typed
     try:
         args = parse_arguments(argv)
         target = args.out / "results.json"
@@ -387,11 +350,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             suites = load_suites(args.specs, args.data, args.kinds, args.files, args.limit)
             engine, tokenizer = (None, None) if args.score_only else open_engine(args, suites)
-            records = run_suites(
-                suites, engine, tokenizer, out_dir=args.out, template=args.template, tags=args.tags,
+            plans = plan_suites(
+                suites, engine, tokenizer, out_dir=args.out, template=args.template, tags=args.tags, seed=args.seed,
                 samples=args.samples, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens,
-                seed=args.seed, model=args.model, progress=True,
+                model=args.model,
             )  # fmt: skip
+            begun = True
+            records = run_suites(plans, engine, tokenizer, out_dir=args.out, progress=True)
         print("\n".join(summary(records)))
         if before:
             print("\n".join(compare(before, records)))
@@ -400,7 +365,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; the same command goes on from the responses that were written", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        print("evaluate:", *str(error).split(), file=sys.stderr)  # on one line, also what libraries say
+        from policy.logprobs import ran_out_of_memory
+
+        if begun and not isinstance(error, OSError) and not ran_out_of_memory(error):
+            raise
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; free some disk space, then the same command goes on" if full else ""
+        print("evaluate:", *f"{error}{advice}".split(), file=sys.stderr)  # on one line, also what libraries say
         return 2
     return 0
 

@@ -10,6 +10,7 @@ What it leaves out: which runs there are and what is said about them (learning.p
 """
 
 import ast
+import hashlib
 import json
 import os
 import random
@@ -41,20 +42,21 @@ def call(command: list[str], log: Path) -> None:
 
 
 def claim(folder: Path, flags: list[str], log: Path) -> None:
-    """Keep the flags of a run beside its log. SystemExit where the folder holds a run that had others."""
+    """Keep the flags, or the digest of the tasks, of a result beside its log. SystemExit where it had others."""
     kept, text = log.with_suffix(".flags"), " ".join(flags)
     log.parent.mkdir(parents=True, exist_ok=True)
     if not (folder.exists() and kept.exists()):
         kept.write_text(text, encoding="utf-8")
     elif kept.read_text(encoding="utf-8") != text:
-        sys.exit(f"{folder} was run with other flags ({kept}): give another --out, or delete it")
+        sys.exit(f"{folder} was made with other flags or tasks ({kept}): give another --out, or delete it")
 
 
 def measured(model: Path, tasks: Path, out: Path, name: str) -> Path:
     """The rows of a model, OUT/rows/NAME.jsonl, measured in a process of its own unless they are there."""
-    rows = out / "rows" / f"{name}.jsonl"
+    rows, log = out / "rows" / f"{name}.jsonl", out / "logs" / f"measure-{name}.log"
+    claim(rows, [hashlib.sha256(tasks.read_bytes()).hexdigest()], log)
     if not rows.exists():
-        call([sys.executable, __file__, str(model), str(tasks), str(rows)], out / "logs" / f"measure-{name}.log")
+        call([sys.executable, __file__, str(model), str(tasks), str(rows)], log)
     return rows
 
 
@@ -261,8 +263,8 @@ def proposer(path: Path) -> dict:
         own = [record for record in valid if record["kind"] != "induction"]
         found[name] = {
             "valid": len(valid) / len(chosen),
-            "solve_rate": mean(record["solve_rate"] for record in valid),
-            "learnable": mean(0 < record["solve_rate"] < 1 for record in valid),
+            "solve_rate": mean(record["solve_rate"] for record in valid) if valid else 0.0,
+            "learnable": mean(0 < record["solve_rate"] < 1 for record in valid) if valid else 0.0,
             "statements": mean(map(statements, own)) if own else 0.0,
             "deep": mean(statements(record) > 4 for record in own) if own else 0.0,
             "distinct": len({record["program"] for record in own}) / len(own) if own else 0.0,

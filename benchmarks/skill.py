@@ -12,6 +12,7 @@ Paper: section 4; it has neither such controls nor these ablations. Sharpened or
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -146,13 +147,15 @@ def train(job: Job, out: Path, extra: list[str]) -> None:
 
 def sample(model: Path, tasks: Path, out: Path, name: str, count: int) -> dict[str, float]:
     """The share of `count` samples at T = 1 that is right, per task of a file (evaluate.py resumes by itself)."""
-    folder, suite = out / "samples" / name, f"tasks:{tasks}"
+    folder, suite, log = out / "samples" / name, f"tasks:{tasks}", out / "logs" / f"sample-{name}.log"
+    claim(folder, [hashlib.sha256(tasks.read_bytes()).hexdigest(), str(count)], log)
     if not (folder / "results.json").exists():
         options = {"suites": suite, "samples": count, "temperature": 1, "max-tokens": 160, "max-model-len": 1024}
         flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
         flags += ["--engine", "transformers", "--model", str(model), "--out", str(folder)]
-        call([sys.executable, "evaluate.py", *flags], out / "logs" / f"sample-{name}.log")
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))[suite]["scores"]
+        call([sys.executable, "evaluate.py", *flags], log)
+    [record] = json.loads((folder / "results.json").read_text(encoding="utf-8")).values()
+    return record["scores"]
 
 
 def beyond(tasks: Path, out: Path) -> Path:
@@ -408,6 +411,11 @@ def main() -> None:
     options = parser.parse_args()
     out, tasks, seeds = options.out.resolve(), options.tasks.resolve(), [int(seed) for seed in options.seeds.split(",")]
     groups = options.groups.split(",")
+    for name, known in [(group, ABLATIONS) for group in groups] + [
+        (n, CONDITIONS) for n in options.conditions.split(",")
+    ]:
+        if name not in known:
+            parser.error(f"there is no {name!r}; choose from {', '.join(known)}")
     conditions = (
         ablated(groups) if options.ablations else {name: CONDITIONS[name] for name in options.conditions.split(",")}
     )

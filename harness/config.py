@@ -231,7 +231,7 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
         raise ValueError("--verbose is for --dry-run, and without --card: it loads the model")
     if extra.card and not (extra.dry_run and 0 < extra.card < LARGEST):
         raise ValueError(f"--card {extra.card:g} is for --dry-run and in GB; --memory limits the card that is here")
-    if extra.resume:
+    if extra.resume is not None:
         return resumed(Path(extra.resume), typed), extra
     typed["model"] = typed.get("model") or PRESETS.get(typed.get("preset"), {}).get("model", str(SKILL_MODEL))
     embedded = {values["model"]: name for name, values in PRESETS.items() if "model" in values}
@@ -242,6 +242,11 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
         raise ValueError(f"--preset {preset!r} is unknown; {instead}")
     config = Config(**PRESETS.get(preset, {}) | (SMOKE if extra.smoke else {}) | typed | {"preset": preset})
     config.validate()
+    if config.seeds and not Path(config.seeds).is_file():
+        raise ValueError(f"there is no file --seeds {config.seeds}; give RUN/seeds.jsonl of an earlier run")
+    for name in ("eval_suites", "keep_best"):
+        if typed.get(name) and not config.eval_every:
+            raise ValueError(f"{flag(name)} needs --eval-every, say --eval-every 10")
     return config, extra
 
 

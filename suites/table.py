@@ -14,10 +14,10 @@ import hashlib
 import json
 import sys
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from executor import Executor
 from policy.dialogue import STOP, TAGS, Tags, split_response, wrap
 from prompts import KINDS, Kind
 from suites.extract import extract_assert, extract_code, extract_math, last_box, sanitize
-from suites.judge_code import code_executor, judge_evalplus, judge_lcb
-from suites.judge_math import judge_math
+from suites.judge_code import code_executor, judge_evalplus, judge_lcb, lcb_tests
+from suites.judge_math import judge_math, require_math_verify
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ class Suite:
     def prompt(self, text: str | list[str], tokenizer, template: str) -> str:
         """What the model continues."""
         return wrap(text, tokenizer, template, tags=self.tags)
+
+    def require(self, items: Sequence[Item]) -> None:
+        """Raise ValueError where something is missing that scoring these items needs."""
 
     def completion(self, item: Item, text: str) -> str | None:
         """The answer in the `completion` of somebody else's samples file."""
@@ -132,6 +135,10 @@ class LiveCodeBench(Suite):
         text = f"Solve this programming problem in Python.\n\n{row['question_content'].strip()}\n\n{rest}\n"
         return Item(row["question_id"], text + "Answer with the whole program in one fenced `python` block.\n", row)
 
+    def require(self, items: Sequence[Item]) -> None:
+        for item in items:
+            lcb_tests(item.gold)
+
     def extract(self, item: Item, response: str) -> str | None:
         return extract_code(response, self.tags)
 
@@ -156,6 +163,9 @@ class Mathematics(Suite):
         text += "\nReason step by step, and put the final answer within \\boxed{}."
         turns = [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def require(self, items: Sequence[Item]) -> None:
+        require_math_verify()
 
     def extract(self, item: Item, response: str) -> str | None:
         return extract_math(response, self.tags)
@@ -285,9 +295,15 @@ def load_items(
             about["note"] = (
                 f"{public} of {len(rows)} problems of {name} have public tests only; scores will be too high"
             )
-        return suite, [make(row, index) for index, row in enumerate(rows)], about
-    except (KeyError, TypeError, AttributeError) as error:
+        items = [make(row, index) for index, row in enumerate(rows)]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{source} is not the data of {name} ({error!r} in a line): get them again.") from None
+    times: Counter[str] = Counter()
+    for i, item in enumerate(items):  # tasks of two buffers may share an id, since these share their seeds
+        times[item.id] += 1
+        if times[item.id] > 1:
+            items[i] = replace(item, id=f"{item.id}#{times[item.id]}")
+    return suite, items, about
 
 
 def read_data(name: str, suite: Suite, given: Path) -> tuple[list[dict], bytes, object]:

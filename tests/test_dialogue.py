@@ -115,7 +115,9 @@ def asked(run, spec, tmp_path, monkeypatch, template):
     rollouts = [azr.solve_rollout(run, kind.zero(), 0) for kind in KINDS.values()]
     azr.generate(run, "solve", rollouts, 0)
     options = {"template": template, "tags": run.config.tag_names, "max_tokens": 4}
-    evaluate.run_suites(evaluate.load_suites([spec, "humaneval"], tmp_path), run.engine, run.tokenizer, **options)
+    suites = evaluate.load_suites([spec, "humaneval"], tmp_path)
+    plans = evaluate.plan_suites(suites, run.engine, run.tokenizer, **options)
+    evaluate.run_suites(plans, run.engine, run.tokenizer)
     return [request.ids for request in seen]
 
 
@@ -349,8 +351,8 @@ def test_training_evaluation_and_samples_files_read_the_same_and_stop_at_the_sam
         attempts = azr.generate(run, "solve", [azr.solve_rollout(run, item, 0) for item in tasks], 0)
         azr.verify(run, attempts)
         spec = f"tasks:{tmp_path / 'forms.jsonl'}"
-        suites = evaluate.load_suites([spec], tmp_path)
-        record = evaluate.run_suites(suites, run.engine, run.tokenizer, run.executor)[spec]
+        plans = evaluate.plan_suites(evaluate.load_suites([spec], tmp_path), run.engine, run.tokenizer)
+        record = evaluate.run_suites(plans, run.engine, run.tokenizer, run.executor)[spec]
         samples = [json.dumps({"task_id": name, "completion": text}) + "\n" for name, text in forms.items()]
         (tmp_path / "samples.jsonl").write_text("".join(samples))
         scored = evaluate.score_samples(spec, tmp_path / "samples.jsonl", tmp_path, {}, KINDS)["scores"]

@@ -97,7 +97,7 @@ def test_a_folder_is_not_taken_for_a_run_with_other_flags(tmp_path):
     skill.claim(tmp_path / job.name, ["--steps", "60"], tmp_path / "logs" / "trained-0.log")
     skill.claim(tmp_path / job.name, ["--steps", "300"], tmp_path / "logs" / "trained-0.log")  # nothing was run yet
     (tmp_path / job.name).mkdir()
-    with pytest.raises(SystemExit, match="run with other flags .* give another --out"):
+    with pytest.raises(SystemExit, match="made with other flags or tasks .* give another --out"):
         skill.train(job, tmp_path, ["--steps", "60"])
     assert not list((tmp_path / job.name).iterdir())
 

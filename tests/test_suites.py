@@ -6,6 +6,7 @@ The stored samples, verdicts and benchmark data are not in this repository; test
 
 import ast
 import base64
+import errno
 import gzip
 import itertools
 import json
@@ -17,6 +18,7 @@ import re
 import shutil
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 from buffers import Task, save_tasks
-from prompts import load_kinds
+from prompts import KINDS, load_kinds
 from suites import compare as comparison
 from suites import extract, judge_code, judge_math
 from suites import table as suites
@@ -648,7 +650,7 @@ def test_samples_files_give_a_score_or_one_sentence(tmp_path, capsys):
     assert json.loads((tmp_path / "out/results.json").read_text())["humaneval+"] == record  # no failure touched it
 
 
-def test_what_was_scored_is_kept_when_a_later_suite_fails(model, tmp_path, capsys):
+def test_what_was_scored_is_kept_when_a_later_suite_fails(model, tmp_path, capsys, monkeypatch):
     command = ["--suites", "cruxeval-i:2,cruxeval-o:2", "--data", str(write_bench(tmp_path)), "--out", str(tmp_path)]
     command += ["--model", str(model[0]), "--engine", "transformers", "--max-tokens", "4"]
     assert evaluate.main(command) == 0
@@ -658,8 +660,96 @@ def test_what_was_scored_is_kept_when_a_later_suite_fails(model, tmp_path, capsy
     (tmp_path / "responses/cruxeval-o.jsonl").write_text("\n".join([lines[0], "[]", ""]))
     capsys.readouterr()
     assert evaluate.main([*command, "--score-only"]) == 2
-    assert "cruxeval-o.jsonl is damaged" in capsys.readouterr().err
+    assert "cruxeval-o.jsonl is damaged" in capsys.readouterr().err and not (tmp_path / "results.json").exists()
+    (tmp_path / "responses/cruxeval-o.jsonl").unlink()
+    monkeypatch.setattr(evaluate, "generate", full_disk(evaluate.generate))
+    assert evaluate.main(command) == 2
+    message = capsys.readouterr().err.strip()
+    assert "No space left" in message and "free some disk space" in message
     assert json.loads((tmp_path / "results.json").read_text()) == {"cruxeval-i:2": whole["cruxeval-i:2"]}
+
+
+def full_disk(generate):
+    def generated(engine, tokenizer, suite, items, header, path, bar):
+        if path.stem == "cruxeval-o":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return generate(engine, tokenizer, suite, items, header, path, bar)
+
+    return generated
+
+
+def test_what_cannot_be_gone_on_with_is_refused_before_anything_is_generated(model, tmp_path, capsys, monkeypatch):
+    command = ["--suites", "cruxeval-i:2,cruxeval-o:2", "--data", str(write_bench(tmp_path)), "--out", str(tmp_path)]
+    command += ["--model", str(model[0]), "--engine", "transformers", "--max-tokens", "4"]
+    assert evaluate.main(command) == 0
+    (tmp_path / "responses/cruxeval-i.jsonl").unlink()
+    monkeypatch.setattr(evaluate, "generate", None)
+    assert evaluate.main([*command, "--seed", "1"]) == 2
+    assert "cruxeval-o.jsonl was made with seed 0 instead of 1" in capsys.readouterr().err
+    for cut in ("", '{"samp'):  # of a kill at the first write
+        (tmp_path / "responses/cruxeval-i.jsonl").write_text(cut)
+        assert evaluate.main([*command, "--score-only"]) == 2
+        assert "There are no responses of cruxeval-i" in capsys.readouterr().err
+
+
+def test_faults_of_ours_are_not_one_sentence(model, tmp_path, monkeypatch):
+    command = [
+        "--suites",
+        "cruxeval-i:2",
+        "--data",
+        str(write_bench(tmp_path)),
+        "--out",
+        str(tmp_path),
+        "--samples",
+        "1",
+    ]
+    monkeypatch.setattr(evaluate, "make_record", lambda *_: int("no number"))
+    with pytest.raises(ValueError, match="no number"):
+        evaluate.main([*command, "--model", str(model[0]), "--engine", "transformers", "--max-tokens", "4"])
+
+
+def test_a_prompt_of_any_kind_that_changed_is_noticed_and_a_kind_that_comes_to_it_is_not_one(
+    model, tmp_path, monkeypatch
+):
+    tasks = [replace(KINDS[kind].zero(), id=kind) for kind in ("deduction", "abduction")]
+    save_tasks(tmp_path / "held.jsonl", tasks)
+    spec = f"tasks:{tmp_path / 'held.jsonl'}"
+    run = partial(answered, engine=model[1], tokenizer=model[2], out_dir=tmp_path / "out", max_tokens=4)
+    run(evaluate.load_suites([f"{spec}:1"], tmp_path))
+    run(evaluate.load_suites([spec], tmp_path))
+    shutil.rmtree(tmp_path / "out")
+    run(evaluate.load_suites([spec], tmp_path))
+    monkeypatch.setattr(type(KINDS["abduction"]), "solve", lambda self, task: "Something else?")
+    with pytest.raises(ValueError, match="prompts abduction"):
+        run(evaluate.load_suites([spec], tmp_path))
+
+
+def test_tasks_of_two_buffers_that_share_an_id_are_two(model, tmp_path):
+    """Abduction and deduction start from the same seeds."""
+    tasks = [replace(KINDS[kind].zero(), id="seed-1") for kind in ("abduction", "deduction")]
+    save_tasks(tmp_path / "both.jsonl", tasks)
+    spec = f"tasks:{tmp_path / 'both.jsonl'}"
+    assert [item.gold.kind for item in suites.load_items(spec, tmp_path, {})[1]] == ["abduction", "deduction"]
+    record = answered(evaluate.load_suites([spec], tmp_path), *model[1:], max_tokens=4)[spec]
+    assert record["n"] == 2 and set(record["scores"]) == {"seed-1", "seed-1#2"}
+
+
+@pytest.mark.parametrize(("field", "says"), [("public", "is not the data of lcb"), ("private", "private tests of q")])
+def test_damaged_tests_of_a_contest_are_found_before_a_model_is_loaded(tmp_path, capsys, field, says):
+    row = problem([("1", "1")]) | {"question_id": "q", f"{field}_test_cases": "{oops"}
+    (tmp_path / "lcb.jsonl").write_text(json.dumps(row) + "\n")
+    assert evaluate.main(["--suites", "lcb", "--model", "x", "--data", str(tmp_path), "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1
+
+
+def test_mathematics_of_a_samples_file_needs_its_packages_too(tmp_path, capsys, monkeypatch):
+    (tmp_path / "aime24.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    (tmp_path / "samples.jsonl").write_text('{"task_id": "0", "solution": "2"}\n')
+    monkeypatch.setattr(judge_math.importlib.util, "find_spec", lambda name: None)
+    command = ["--suites", "aime24", "--data", str(tmp_path), "--out", str(tmp_path)]
+    assert evaluate.main([*command, "--samples-file", str(tmp_path / "samples.jsonl")]) == 2
+    assert "requirements-eval.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("suite", "file"), [("humaneval+", "HumanEvalPlus.jsonl"), ("lcb", "lcb.jsonl")])
@@ -679,19 +769,25 @@ def model(tmp_path_factory):
     return folder, engine, tokenizer
 
 
+def answered(suites: list, engine, tokenizer, out_dir=None, **options) -> dict:
+    plans = evaluate.plan_suites(suites, engine, tokenizer, out_dir=out_dir, **options)
+    return evaluate.run_suites(plans, engine, tokenizer, out_dir=out_dir)
+
+
 def test_interrupted_run_continues_at_the_first_missing_item(model, tmp_path):
     _, engine, tokenizer = model
     loaded = evaluate.load_suites(["cruxeval-o:70"], write_bench(tmp_path))
-    run = partial(evaluate.run_suites, loaded, engine, tokenizer, max_tokens=4, temperature=1.0, samples=2, seed=5)
+    run = partial(answered, loaded, engine, tokenizer, max_tokens=4, temperature=1.0, samples=2, seed=5)
     whole = run(out_dir=tmp_path / "whole")
     path = tmp_path / "cut/responses/cruxeval-o.jsonl"
     text = (tmp_path / "whole/responses/cruxeval-o.jsonl").read_text()
     lines = text.splitlines(keepends=True)
     assert len(lines) == 1 + 2 * 70
     path.parent.mkdir(parents=True)
-    path.write_text("".join(lines[: 1 + 2 * 64]) + lines[130][:20])  # one slice, and a line that a kill cut short
-    assert run(out_dir=tmp_path / "cut") == whole
-    assert path.read_text() == text
+    for end in (1 + 2 * 64, 2 + 2 * 64):  # one slice, or half an item more; and a line that a kill cut short
+        path.write_text("".join(lines[:end]) + lines[end][:20])
+        assert run(out_dir=tmp_path / "cut") == whole
+        assert path.read_text() == text
     with pytest.raises(ValueError, match="seed 5 instead of 6"):
         run(out_dir=tmp_path / "cut", seed=6)
 
@@ -700,7 +796,7 @@ def test_responses_of_other_weights_are_not_taken_for_the_models(model, tmp_path
     folder, engine, tokenizer = model
     trained = shutil.copytree(folder, tmp_path / "trained")
     loaded, options = evaluate.load_suites(["cruxeval-o:2"], write_bench(tmp_path)), {"out_dir": tmp_path / "out"}
-    run = partial(evaluate.run_suites, loaded, engine, tokenizer, max_tokens=4, model=str(trained), **options)
+    run = partial(answered, loaded, engine, tokenizer, max_tokens=4, model=str(trained), **options)
     before = run()
     assert run() == before
     weights = load_file(trained / "model.safetensors")
@@ -763,7 +859,7 @@ def test_tasks_file_reports_kinds_and_depths(model, tmp_path):
              Task("induction", program, ["1", "2"], ["2", "3"], "adds one", 1, depth=2)]  # fmt: skip
     save_tasks(tmp_path / "held.jsonl", tasks)
     spec = f"tasks:{tmp_path / 'held.jsonl'}"
-    record = evaluate.run_suites(evaluate.load_suites([spec], tmp_path), engine, tokenizer, max_tokens=4)[spec]
+    record = answered(evaluate.load_suites([spec], tmp_path), engine, tokenizer, max_tokens=4)[spec]
     assert record["n"] == 3 and record["groups"]["depth2"]["n"] == 2 and set(record) >= {"formatted", "reasons_first"}
     flat = evaluate.flatten(record)
     assert flat["abduction/accuracy"] == 0.0 and [key for key in flat if "/" not in key] == ["accuracy"]
@@ -791,7 +887,7 @@ def test_kinds_of_a_file_are_asked_and_judged(model, tmp_path, capsys):
     assert evaluate.main([*command, "--tasks", f"deduction,{example}"]) == 0
     groups = json.loads((tmp_path / "out/results.json").read_text())[spec]["groups"]
     assert groups == {name: {"accuracy": 1.0, "n": 1} for name in ("deduction", "rewriting")}
-    record = evaluate.run_suites(evaluate.load_suites([spec], tmp_path, kinds), *model[1:], max_tokens=4)[spec]
+    record = answered(evaluate.load_suites([spec], tmp_path, kinds), *model[1:], max_tokens=4)[spec]
     assert record["n"] == 2 and record["accuracy"] == 0.0
     capsys.readouterr()
     for wrong, says in ((command, "held.jsonl, line 2"), ([*command, "--tasks", "divination"], "divination")):
