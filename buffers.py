@@ -76,9 +76,15 @@ def program_digest(program: str) -> str:
     except (RecursionError, MemoryError):
         return hash_texts([program])
     bound: dict[str, str] = {}
+    members: set[ast.AST] = set()  # of classes: attributes read them by name, so they keep it
     for node in ast.walk(tree):
         if has_docstring(node):
             del node.body[0]
+        if isinstance(node, ast.ClassDef):
+            for part in node.body:
+                members.update([part] if isinstance(part, ast.FunctionDef | ast.ClassDef) else ast.walk(part))
+        if node in members:
+            continue
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             bound.setdefault(node.name, f"name{len(bound)}")
         elif isinstance(node, ast.arg):
@@ -218,9 +224,10 @@ def load_tasks(path: Path, kinds: Mapping) -> list[Task]:
 
 
 def load_seeds(path: Path, kinds: Mapping) -> list[Task]:
-    """As `load_tasks`, for tasks to begin a run with: the steps, names and rates that another run gave them go."""
-    tasks = enumerate(load_tasks(path, kinds))
-    return [replace(task, step=0, id=f"seed-{i}", references=[], solve_rate=None) for i, task in tasks]
+    """As `load_tasks`, for tasks to begin a run with: what another run noted on them goes, but names of seeds."""
+    tasks = [(task, task.id if task.step == 0 else "") for task in load_tasks(path, kinds)]
+    fresh = {"step": 0, "references": [], "solve_rate": None}
+    return [replace(task, id=name or f"seed-{i}", **fresh) for i, (task, name) in enumerate(tasks)]
 
 
 def read_task(line: str, kinds: Mapping) -> Task:

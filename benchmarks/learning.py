@@ -11,7 +11,6 @@ Paper: section 4 has no such control; the idea of the shuffled control is from "
 
 import argparse
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
@@ -20,8 +19,6 @@ from measuring import (
     MODES,
     ROOT,
     advantage,
-    call,
-    claim,
     curve,
     gain_interval,
     measured,
@@ -30,6 +27,7 @@ from measuring import (
     score,
     spread,
     summary,
+    train,
 )
 
 from harness.plots import svg_plot
@@ -55,10 +53,7 @@ def run_all(seeds: list[int], conditions: list[str], extra: list[str], tasks_fil
         name = f"{condition.replace(' ', '-')}-{seed}"
         folder, log = out / name, out / "logs" / f"{name}.log"
         flags = ["--preset", "tiny", "--seed", str(seed), *CONDITIONS[condition], *extra]
-        claim(folder, flags, log)
-        if not (folder / "curve.svg").exists():
-            flags += ["--eval-suites", f"tasks:{tasks_file}:{CURVE}", "--out", str(folder)]
-            call([sys.executable, "azr.py", *flags], log)
+        train(folder, log, [*flags, "--eval-suites", f"tasks:{tasks_file}:{CURVE}"])
         measured(folder / "checkpoint", tasks_file, out, name)
         print(f"done: {name}", flush=True)
 

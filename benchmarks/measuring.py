@@ -41,6 +41,15 @@ def call(command: list[str], log: Path) -> None:
         raise RuntimeError(f"{' '.join(command)} ended with code {code}: see {log}")
 
 
+def finished(folder: Path) -> bool:
+    """Whether a run has all its steps, which is when its last checkpoint is there."""
+    about = folder / "config.json"
+    if not about.exists():
+        return False
+    steps = json.loads(about.read_text(encoding="utf-8"))["config"]["steps"]
+    return (folder / f"checkpoint-{steps:06d}").is_dir()
+
+
 def claim(folder: Path, flags: list[str], log: Path) -> None:
     """Keep the flags, or the digest of the tasks, of a result beside its log. SystemExit where it had others."""
     kept, text = log.with_suffix(".flags"), " ".join(flags)
@@ -49,6 +58,16 @@ def claim(folder: Path, flags: list[str], log: Path) -> None:
         kept.write_text(text, encoding="utf-8")
     elif kept.read_text(encoding="utf-8") != text:
         sys.exit(f"{folder} was made with other flags or tasks ({kept}): give another --out, or delete it")
+
+
+def train(folder: Path, log: Path, flags: list[str]) -> None:
+    """Run azr.py with these flags into a folder, or go on with a run that was stopped; leave a finished one."""
+    claim(folder, flags, log)
+    if finished(folder):
+        return
+    started = (folder / "config.json").exists()
+    command = ["--resume", str(folder)] if started else [*flags, "--out", str(folder)]
+    call([sys.executable, "azr.py", *command], log)
 
 
 def measured(model: Path, tasks: Path, out: Path, name: str) -> Path:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import measuring
 from measuring import (
     ROOT,
     advantage,
@@ -78,7 +79,10 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
         "oldest": ["--buffer-size", "256"],
         "newest": ["--buffer-size", "256", "--buffer-drops", "newest"],
     },
-    "references (K)": {"2": [], "0": ["--references", "0"], "6": ["--references", "6"]},
+    "references (K)": {"2": [], "1": ["--references", "1"], "6": ["--references", "6"]},
+    "references drawn": {"at the frontier": [], "uniformly": ["--reference-draw", "uniform"]},
+    "a program that is not new earns": {"at most -0.5": [], "as a new one": ["--duplicate-reward", "1"]},
+    "tasks that enter a buffer": {"all": [], "solved sometimes": ["--admit", "learnable"]},
     "measuring attempts": {
         "train": ["--baseline", "cell"],
         "do not train": [*APART, "--solve-prompts", "64"],
@@ -123,25 +127,10 @@ def in_lanes(work: Callable, items: Sequence, lanes: int) -> None:
             waiting.result()
 
 
-def finished(folder: Path) -> bool:
-    """Whether a run has all its steps, which is when its last checkpoint is there."""
-    about = folder / "config.json"
-    if not about.exists():
-        return False
-    steps = json.loads(about.read_text(encoding="utf-8"))["config"]["steps"]
-    return (folder / f"checkpoint-{steps:06d}").is_dir()
-
-
 def train(job: Job, out: Path, extra: list[str]) -> None:
     """Run one job, or go on with it, or leave it as it is when it is finished."""
-    folder, log = out / job.name, out / "logs" / f"{job.name}.log"
     flags = ["--preset", "tiny-skill", "--steps", "300", "--seed", str(job.seed), *job.flags, *extra]
-    claim(folder, flags, log)
-    if finished(folder):
-        return
-    started = (folder / "config.json").exists()
-    command = ["--resume", str(folder)] if started else [*flags, "--out", str(folder)]
-    call([sys.executable, "azr.py", *command], log)
+    measuring.train(out / job.name, out / "logs" / f"{job.name}.log", flags)
     print(f"done: {job.name}", flush=True)
 
 

@@ -10,8 +10,11 @@ recomputation not at all), predicted and measured peak memory, and the seconds t
     python benchmarks/step.py --config Qwen2.5-Coder-3B --random-init        # one GPU
     python benchmarks/step.py                                                # a 50M model, minutes on a CPU
     python benchmarks/step.py --model FOLDER --memory 24                     # at most 24 GB of the card
+    python benchmarks/step.py --config Qwen2.5-Coder-3B --lora 32 --sleep    # adapters; an engine that sleeps
+    python benchmarks/step.py --config Qwen2.5-Coder-3B --cudnn              # attention by cuDNN, as torch prefers
 
-The last line is one JSON object.
+After each step there is a line with one JSON object of all steps so far, so that a run that is cut has its last one. An
+engine whose logprobs differ from the update's stops the run: every step moves the weights by 1e-3, so stale ones show.
 """
 
 import argparse
@@ -30,14 +33,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from executor import Executor
+from harness.check import agree
 from harness.journal import held_bytes
 from policy import memory
+from policy.dialogue import STOP
 from policy.load import choose_engine, load_config, load_policy, make_engine
+from policy.lora import add_adapters
 from policy.optimizer import MasterAdamW
 from policy.speed import DEVICES, shape
 from trr import Sample, update
 
 QWEN = dict(vocab_size=151936, num_key_value_heads=2, max_position_embeddings=32768, rope_theta=1e6)
+QWEN_IDS = 151_665  # of its tokenizer
 LLAMA = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=32768, rope_theta=5e5)
 
 
@@ -69,8 +76,9 @@ PROGRAMS = [
 
 
 def folder_for(config, folder: str) -> str:
-    """A folder with the config and a tokenizer of its vocabulary; the engine takes its weights from the policy."""
-    words = {f"<{i}>": i for i in range(config.vocab_size)}
+    """A folder with the config and a tokenizer, which has fewer ids than Qwen's head has rows; the engine takes its
+    weights from the policy."""
+    words = {f"<{i}>": i for i in range(min(config.vocab_size, QWEN_IDS))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<0>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<0>", pad_token="<0>").save_pretrained(folder)
     config.architectures = ["LlamaForCausalLM" if config.model_type == "llama" else "Qwen2ForCausalLM"]
@@ -109,23 +117,25 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def useful_flops(config, samples: list[Sample]) -> float:
-    """Arithmetic of forward and backward that no implementation can avoid: 6 per weight and token, and attention."""
+def useful_flops(config, samples: list[Sample], frozen: bool = False) -> float:
+    """Arithmetic of forward and backward that no implementation can avoid: 6 per weight and token (4 where weights are
+    frozen and need no gradient; adapters are not counted), and attention."""
+    each = 4 if frozen else 6
     parameters, width, *_ = shape(config)
     table = config.vocab_size * config.hidden_size
     body = parameters - (1 if config.tie_word_embeddings else 2) * table
     attention = sum(
         6 * config.num_hidden_layers * width * len(sample) ** 2 for sample in samples
     )  # causal: half of 12 L q T^2
-    head = 6 * table * sum(len(sample.response_ids) for sample in samples)
-    return 6 * body * sum(map(len, samples)) + head + attention
+    head = each * table * sum(len(sample.response_ids) for sample in samples)
+    return each * body * sum(map(len, samples)) + head + attention
 
 
 def one_step(number: int, options, policy, optimizer, engine, executor, plan) -> dict[str, float]:
     """Seconds of each phase and the rates, of one step on fresh random prompts (so that no prefix is cached)."""
     device, seconds = options.device, {}
     draw = torch.Generator().manual_seed(number)
-    call = dict(max_new_tokens=options.response, seed=number)
+    call = dict(max_new_tokens=options.response, seed=number, stop=list(STOP))
 
     def prompts(count: int) -> list[list[int]]:
         lengths = torch.randint(options.prompt // 2, options.prompt + 1, (count,), generator=draw).tolist()
@@ -153,26 +163,31 @@ def one_step(number: int, options, policy, optimizer, engine, executor, plan) ->
         samples.append(Sample(prompt, kept[0], 1.0 if i % 2 else -1.0, kept[1]))
     engine.sleep()
     correction = None if engine.is_policy else 2.0
-    settings = dict(lr=1e-6, token_budget=plan.token_budget, tis_cap=correction)
+    settings = dict(lr=1e-3, token_budget=plan.token_budget, tis_cap=correction, entropy_coef=0.001)
+    settings |= dict(vocab_size=engine.vocab_size)
     began = now(device, arithmetic_clock(device))
     seconds["update"], result = timed(device, update, policy, optimizer, samples, **settings)
     arithmetic = now(device, arithmetic_clock(device)) - began
     held = max(held, held_bytes(device))
     seconds["sync"], _ = timed(device, engine.sync, policy)
     print({name: round(value, 3) for name, value in seconds.items()}, f"mismatch {result.mismatch:.4f}", flush=True)
+    agree(engine, result.mismatch)
     generated = sum(len(completion.token_ids) for group in proposed + solved for completion in group)
     rates = {
         "generated_per_s": generated / (seconds["propose"] + seconds["solve"]),
         "trained_per_s": result.trained_tokens / seconds["update"],
-        "useful_flops_per_s": useful_flops(policy.config, samples) / arithmetic,
+        "useful_flops_per_s": useful_flops(policy.config, samples, options.lora > 0) / arithmetic,
         "held": held,
     }
-    if engine.name == "vllm":  # the same two calls without this project's code
+    if engine.name == "vllm" and number == options.repeats:  # at last the same two calls without this project's code
         alone, tokens = 0.0, 0
         for counts in ([1] * len(asked), count):
             requests = [{"prompt_token_ids": ids} for ids in prompts(len(counts))]
             sampling = [
-                engine.sampling_params(n=n, temperature=1.0, max_tokens=options.response, seed=number) for n in counts
+                engine.sampling_params(
+                    n=n, temperature=1.0, max_tokens=options.response, seed=number, stop=list(STOP), logprobs=0
+                )
+                for n in counts
             ]
             took, outputs = timed(device, engine.llm.generate, requests, sampling, use_tqdm=False)
             alone += took
@@ -189,18 +204,22 @@ def main() -> None:
     parser.add_argument("--engine", choices=["auto", "vllm", "transformers"], default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights")
+    parser.add_argument("--sleep", action="store_true", help="the engine sleeps although the plan has room for both")
+    parser.add_argument("--cudnn", action="store_true", help="attention by cuDNN, which this project switches off")
     parser.add_argument("--memory", type=float, help="GB of the card that may be used; the process is held to it")
-    parser.add_argument("--proposals", type=int, default=192 if torch.cuda.is_available() else 6)
-    parser.add_argument("--solves", type=int, default=192 if torch.cuda.is_available() else 6)
+    parser.add_argument("--proposals", type=int, default=64 if torch.cuda.is_available() else 6)
+    parser.add_argument("--solves", type=int, default=64 if torch.cuda.is_available() else 6)
     parser.add_argument("--samples", type=int, default=8 if torch.cuda.is_available() else 2, help="G")
     parser.add_argument("--prompt", type=int, default=512 if torch.cuda.is_available() else 96, help="tokens")
     parser.add_argument("--response", type=int, default=512 if torch.cuda.is_available() else 48, help="tokens")
     parser.add_argument(
         "--token-budget", type=int, default=None if torch.cuda.is_available() else 512, help="of a micro-batch"
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2, help="steps after one that warms up")
     options = parser.parse_args()
     device, dtype = options.device, options.dtype
+    torch.backends.cuda.enable_cudnn_sdp(options.cudnn)
 
     executor = Executor()  # first: its servers should start while this process is small
     scratch = tempfile.TemporaryDirectory()
@@ -226,6 +245,7 @@ def main() -> None:
         width=4 if dtype == "float32" else 2,
         max_prompt=options.prompt,
         token_budget=options.token_budget,
+        lora=options.lora,
     )
     print(plan.describe(), flush=True)
     if options.model and not options.random_init:
@@ -237,6 +257,8 @@ def main() -> None:
         with torch.device(device):
             policy = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    if options.lora:
+        add_adapters(policy, options.lora)
     if plan.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     optimizer = MasterAdamW(policy, offload=plan.offload_optimizer)
@@ -248,15 +270,25 @@ def main() -> None:
         max_model_len=options.prompt + options.response,
         max_num_seqs=plan.max_num_seqs,
         kv_cache_bytes=plan.kv_cache_bytes,
-        sleep=plan.sleep,
+        sleep=plan.sleep or options.sleep,
         token_budget=plan.generation_budget,
     )
 
     roofline = peak_flops(device, getattr(torch, dtype))
-    runs = [one_step(i, options, policy, optimizer, engine, executor, plan) for i in range(options.repeats + 1)][1:]
+    runs = []
+    for number in range(options.repeats + 1):
+        runs.append(one_step(number, options, policy, optimizer, engine, executor, plan))
+        measured = runs[1:] or runs  # the first warms up
+        held = max(run["held"] for run in runs) - ballast.nbytes
+        print(json.dumps(report(measured, roofline, plan, held, policy.config, engine.name, options)), flush=True)
     executor.close()
+    scratch.cleanup()
 
-    median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+def report(runs: list[dict], roofline: float, plan: memory.Plan, held: int, config, engine: str, options) -> dict:
+    """The record of the steps so far. `roofline`: FLOP/s; `held`: most bytes in use."""
+    device = options.device
+    median = {name: statistics.median(run[name] for run in runs if name in run) for name in runs[-1]}
     mfu = median["useful_flops_per_s"] / roofline
     p = PAPER
     paper_rollouts = p["proposals"] * (1 + p["samples"]) + p["solves"]
@@ -274,7 +306,8 @@ def main() -> None:
         (sheet for name, sheet in DEVICES.items() if device == "cuda" and name in torch.cuda.get_device_name()),
         None,
     )
-    record = {
+    return {
+        "steps": len(runs),
         "seconds": {name: round(median[name], 3) for name in PHASES},
         "generated_tokens_per_s": round(median["generated_per_s"], 1),
         "trained_tokens_per_s": round(median["trained_per_s"], 1),
@@ -284,11 +317,11 @@ def main() -> None:
         "roofline_tflops": round(roofline / 1e12, 3),
         "peak_gb": {
             "predicted": round(max(plan.train_peak, plan.rollout_peak) / memory.GB, 2),
-            "measured": round((max(run["held"] for run in runs) - ballast.nbytes) / memory.GB, 2),
+            "measured": round(held / memory.GB, 2),
         },
         "paper_step_s": {name: round(value, 1) for name, value in {**paper, "sum": sum(paper.values())}.items()},
         "parameters": shape(config)[0],
-        "engine": engine.name,
+        "engine": engine,
         "plan": {
             name: getattr(plan, name)
             for name in ("offload_optimizer", "sleep", "gradient_checkpointing", "token_budget")
@@ -302,8 +335,6 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "on": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
     }
-    print(json.dumps(record))
-    scratch.cleanup()
 
 
 if __name__ == "__main__":

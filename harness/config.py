@@ -230,7 +230,7 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     if extra.verbose and (extra.card or not extra.dry_run):
         raise ValueError("--verbose is for --dry-run, and without --card: it loads the model")
     if extra.card and not (extra.dry_run and 0 < extra.card < LARGEST):
-        raise ValueError(f"--card {extra.card:g} is for --dry-run and in GB; --memory limits the card that is here")
+        raise ValueError(f"--card {extra.card:g} is for --dry-run and in GB; --memory plans for a part of the one here")
     if extra.resume is not None:
         return resumed(Path(extra.resume), typed), extra
     typed["model"] = typed.get("model") or PRESETS.get(typed.get("preset"), {}).get("model", str(SKILL_MODEL))

@@ -171,7 +171,7 @@ def split_response(response: str, prefilled: bool = True, tags: Tags = TAGS) -> 
     marks = first + closing + more.partition(f"<{think}>")[0]
     body = rf"<{answer}>((?:(?!<{think}>|<{answer}>).)*?)"
     if whole := re.match(rf"\s*<{think}>(.*?)</{think}>\s*{body}</{answer}>", marks, re.DOTALL):
-        thought = text[slice(*whole.span(1))].partition(f"</{think}>")[0]
+        thought = text[slice(*whole.span(1))].replace(f"<{think}>", "")
         return Parts(thought.strip(), text[slice(*whole.span(2))].strip("\n"), True)
     after = max(marks.find(f"</{think}>"), 0)
     pairs = list(re.compile(rf"{body}(</{answer}>|\Z)", re.DOTALL).finditer(marks, after))

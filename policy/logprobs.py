@@ -27,7 +27,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int | None) -> Tensor:
         """(C, H) -> (C, size): product in the model's dtype, softmax in fp32 (fp64 for fp64 input)."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        return torch.log_softmax(F.linear(hidden, weight[:size], None if bias is None else bias[:size]), -1, dtype=wide)
+        return torch.log_softmax(F.linear(hidden, weight, bias)[:, :size], -1, dtype=wide)
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk, entropy_grad, size):
@@ -66,14 +66,19 @@ class _TokenLogprobs(torch.autograd.Function):
             grad.scatter_add_(-1, targets[part, None], grad_logprob[part, None])
             if grad_bias is not None:
                 grad_bias[:size] += grad.sum(0)
+            # Products over the whole vocabulary: rows of an odd `size` would be aligned to nothing a card is fast at.
+            if grad.shape[1] < len(weight):
+                whole = grad.new_zeros(len(grad), len(weight), dtype=hidden.dtype)
+                whole[:, :size] = grad
+                grad = whole
             grad = grad.to(hidden.dtype)
-            torch.mm(grad, weight[:size], out=grad_hidden[part])
+            torch.mm(grad, weight, out=grad_hidden[part])
             if grad_weight is None:
                 continue
             if grad.dtype == grad_weight.dtype:
-                grad_weight[:size].addmm_(grad.T, hidden[part])
+                grad_weight.addmm_(grad.T, hidden[part])
             else:
-                grad_weight[:size] += grad.T @ hidden[part]
+                grad_weight += grad.T @ hidden[part]
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
@@ -98,8 +103,9 @@ def token_logprobs(
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Whether torch found no memory: on a card it raises a class of its own, in host memory only the text says so."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether torch found no memory: on a card it raises a class of its own, elsewhere only the text says so."""
+    known = ("can't allocate memory", "out of memory")  # in host memory; where vLLM maps a sleeping engine's back
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in known)
 
 
 def logit_scale(config) -> float:

@@ -24,6 +24,9 @@ def segment_attention(module, query, key, value, attention_mask, scaling=None, s
     if segments is None or attention_mask is not None:
         raise ValueError("Segment attention serves packed rows only: pass `segments` and no mask.")
     grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda and query.dtype == torch.float32:  # else no fused kernel takes it: (T, T) scores
+        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
+        grouped = False
     pieces = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
         for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)

@@ -86,17 +86,27 @@ def source_of(code: str, node: ast.stmt) -> str:
 
 def last_box(text: str) -> str | None:
     """Content of the last complete `\\boxed{...}` with balanced braces; None without one."""
-    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0) if text[end - 1] != "\\" else 0
-            if depth == 0:
-                return text[start:end].strip()
-    return None
+    boxes, opened, last = {match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)}, [], (0, 0)
+    for brace in re.finditer(r"(?<!\\)[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened and (start := opened.pop()) in boxes:
+            last = max(last, (start, brace.start()))
+    return text[slice(*last)].strip() if last[0] else None
 
 
-PHRASE = re.compile(r"(?:final\s+)?answer\s*(?:is|:)\s*:?\s*|^#*\s*(?:final\s+)?answer[ ]*\n\s*", re.I | re.M)
-BOLD = re.compile(r"(?<![\w)}\]*^\\])(\*{2,3}|__)(?=\S)(.+?)(?<=\S)\1(?![\w({*^\\])")  # not the power in 2**3
+def last_display(text: str) -> str | None:
+    """Content of the last `\\[...\\]` or `$$...$$`; None without one."""
+    found = (-1, -1)
+    for left, right in ((r"\[", r"\]"), ("$$", "$$"))[: 2 - text.count("$$") % 2]:
+        end = max(text.rfind(right), 0)
+        if (start := text.rfind(left, 0, end)) >= 0:
+            found = max(found, (end, start + 2))
+    return text[found[1] : found[0]] if found[0] >= 0 else None
+
+
+PHRASE = re.compile(r"(?:final\s+)?answer\s*(?:is|:)\s*:?\s*|^#*[ \t]*(?:final\s+)?answer[ ]*\n\s*", re.I | re.M)
+BOLD = re.compile(r"(?<![\w)}\]*^\\])(\*{2,3}|__)(?=\S)(.{1,400}?)(?<=\S)\1(?![\w({*^\\])")  # not the power in 2**3
 MARKS = (("*", "*"), ("_", "_"), (r"\[", r"\]"), (r"\(", r"\)"), ("$$", "$$"), ("$", "$"))
 
 
@@ -110,8 +120,8 @@ def extract_math(response: str, tags: Tags = TAGS) -> str | None:
     if found is None:
         *before, found = PHRASE.split(text)
         if not answer:
-            display = re.findall(r"\\\[(.*?)\\\]", text, re.DOTALL)
-            found = display[-1] if display else found.split("\n")[0] if before else ""
+            display = last_display(text)
+            found = display if display is not None else found.split("\n")[0] if before else ""
     found = re.sub(r"(?<!\.)\.$", "", BOLD.sub(r"\2", found.strip())).strip()
     for left, right in MARKS:
         inner = found[len(left) : -len(right)]

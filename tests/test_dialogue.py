@@ -383,6 +383,12 @@ def test_a_tag_within_quotes_is_text(value):
             assert parts.think == "Thinking."
 
 
+def test_a_thought_goes_to_the_tag_before_the_answer_and_a_repeated_opening_is_none():
+    assert split_response("ok</think>\nand more\n</think>\n<answer>5</answer>").think.endswith("and more")
+    parts = split_response("<think>\n\n</think>\n\n<answer>5</answer>")
+    assert parts.formatted and (parts.think, parts.answer) == ("", "5")
+
+
 def test_a_missing_closing_tag_is_not_closed_by_an_invented_turn():
     parts = split_response("x</think>\n<answer>\n1\n\nNext:\n<think>\ny\n</think>\n<answer>\n2\n</answer>")
     assert KINDS["deduction"].parse_answer(parts.answer) != "1\n\nNext:" and parts.answer == "2"

@@ -241,12 +241,24 @@ def test_reading_a_response_takes_time_in_proportion_to_its_length():
         "[ANSWER]",
         "assert f(1)\n",
         "``",
+        "\n\n",
+        " \n",
+        "\\boxed{",
+        "**a ",
+        "\\[",
+        "#",
     ]
     for piece in [*pieces, *(f"{piece} " for piece in pieces)]:
         text, began = "f(</think>\n<answer>" + piece * (20_000 // len(piece)), time.process_time()
         answer = split_response(text).answer or text
         for part in (answer, text[len("f(</think>\n<answer>") :]):
-            for read in (input_of, output_of, *(kind.parse_answer for kind in KINDS.values())):
+            for read in (
+                input_of,
+                output_of,
+                extract_code,
+                extract_math,
+                *(kind.parse_answer for kind in KINDS.values()),
+            ):
                 read(part)
         assert time.process_time() - began < 1, piece
 

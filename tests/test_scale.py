@@ -253,6 +253,7 @@ def test_a_resumed_run_of_two_is_bit_identical(runs):
         assert (runs / "whole" / name).read_bytes() == (runs / "part" / name).read_bytes(), name
     whole, part = (torch.load(runs / name / "checkpoint/trainer.pt")["optimizer"] for name in ("whole", "part"))
     assert whole["steps"] == part["steps"] == 2
+    assert (runs / "whole" / "report.html").exists()  # also of a run that has no memory plan
     assert all(torch.equal(moment, part["exp_avg_sq"][name]) for name, moment in whole["exp_avg_sq"].items())
 
 

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import skill  # noqa: E402
+from measuring import finished  # noqa: E402
 
 from buffers import load_tasks, save_tasks  # noqa: E402
 from harness.config import parse  # noqa: E402
@@ -24,17 +25,17 @@ def test_the_queue_resumes_what_was_stopped_keeps_what_is_done_and_writes_its_fi
     extra = f"{FEW} --eval-suites tasks:{tasks}"
     job = skill.Job("trained", 0, ())
     skill.train(job, out, f"{extra} --steps 1".split())
-    assert skill.finished(out / job.name)
+    assert finished(out / job.name)
     about = json.loads((out / job.name / "config.json").read_text())
     about["config"]["steps"] = 2  # as if it had been stopped after its first step
     (out / job.name / "config.json").write_text(json.dumps(about))
     (out / "logs" / "trained-0.flags").unlink()
-    assert not skill.finished(out / job.name)
+    assert not finished(out / job.name)
     arguments = ["--seeds", "0", "--conditions", "trained", "--tasks", str(tasks), "--samples", "4", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["skill.py", *arguments, "--extra", extra, "--results", str(tmp_path / "docs")])
     skill.main()
     log = out / "logs" / "trained-0.log"
-    assert "after step 1" in log.read_text() and skill.finished(out / job.name)
+    assert "after step 1" in log.read_text() and finished(out / job.name)
     result = json.loads((tmp_path / "docs/skill.json").read_text())
     assert result["n"] == 21 and result["n unshown"] == 9 == result["samples"]["tasks"]
     assert list(result["samples"]["pass"]["trained"]) == ["1", "4"] and list(result["base"]["greedy"]["depth"]) == [
@@ -61,7 +62,7 @@ def test_every_setting_of_the_queue_is_a_valid_command(flags):
 
 def test_settings_have_names_of_their_own():
     found, given = skill.ablated(), [flags for group in skill.ABLATIONS.values() for flags in group.values()]
-    assert found["trained"] == [] and len(found) == len(set(map(tuple, given))) == 13
+    assert found["trained"] == [] and len(found) == len(set(map(tuple, given))) == 16
     assert all(found[skill.named(flags)] == flags for flags in given)
 
 

@@ -517,6 +517,10 @@ def test_extract_math():
         "<answer>***58***</answer>": "58",
         "<answer>\\boxed{**58**}</answer>": "58",
         "<answer>2**3 + x**(1/2)</answer>": "2**3 + x**(1/2)",
+        "so $$42$$": "42",
+        "from $$x^2 = 4$$ follows \\[ x = 2 \\]": "x = 2",
+        "\\boxed{a \\{ b} and \\boxed{1 \\frac{1}{2}} }": "1 \\frac{1}{2}",
+        "\\boxed{\\boxed{7}}": "7",
     }
     assert {text: extract.extract_math(text) for text in cases} == cases
 

@@ -298,6 +298,21 @@ def test_bf16_hidden_states_get_an_fp32_softmax():
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_ids_beyond_the_vocabulary_have_no_part(entropy_grad):
+    """A head with more rows than the tokenizer has ids: the same as with these rows cut off, and no gradient there."""
+    hidden, weight, bias = torch.randn(9, 8), torch.randn(30, 8), torch.randn(30)
+    targets, found = torch.arange(9), []
+    for rows in (30, 21):
+        leaves = [leaf.clone().requires_grad_() for leaf in (hidden, weight[:rows], bias[:rows])]
+        logprob, entropy = token_logprobs(*leaves[:2], targets, leaves[2], chunk=4, entropy_grad=entropy_grad, size=21)
+        torch.cat([logprob, entropy] if entropy_grad else [logprob]).square().sum().backward()
+        found.append([logprob, entropy, leaves[0].grad, *(leaf.grad[:21] for leaf in leaves[1:])])
+        assert not leaves[1].grad[21:].any() and not leaves[2].grad[21:].any()
+    for whole, short in zip(*found, strict=True):
+        torch.testing.assert_close(whole, short)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_frozen_head_costs_no_gradient_of_its_size(dtype):
     """As with adapters, whose memory plan counts none."""
