@@ -344,8 +344,8 @@ def seed_buffers(run: Run) -> None:
         save_tasks(own.with_suffix(".tmp"), [task for pool in seeds.values() for task in pool])
         own.with_suffix(".tmp").rename(own)
     full = {name for name, buffer in run.buffers.items() if len(buffer)}
-    wanted = [names for name, kind in config.kinds.items() for names in ([name], kind.sources) if names]
-    if empty := [" or ".join(names) for names in wanted if not full.intersection(names)]:
+    needed = [names for name, kind in config.kinds.items() for names in ([name], kind.sources) if names]
+    if empty := [" or ".join(names) for names in needed if not full.intersection(names)]:
         raise SetupError(f"{source} holds no {', '.join(empty)} seeds within --max-prompt; raise it, or omit --seeds")
 
 

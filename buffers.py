@@ -76,21 +76,23 @@ def program_digest(program: str) -> str:
     except (RecursionError, MemoryError):
         return hash_texts([program])
     bound: dict[str, str] = {}
-    members: set[ast.AST] = set()  # of classes: attributes read them by name, so they keep it
+    members: set[str] = set()  # what classes define keeps its name: attributes read it
     for node in ast.walk(tree):
         if has_docstring(node):
             del node.body[0]
         if isinstance(node, ast.ClassDef):
             for part in node.body:
-                members.update([part] if isinstance(part, ast.FunctionDef | ast.ClassDef) else ast.walk(part))
-        if node in members:
-            continue
+                targets = [part.target] if isinstance(part, ast.AnnAssign) else getattr(part, "targets", ())
+                members.update(item.id for target in targets for item in ast.walk(target) if isinstance(item, ast.Name))
+                members.update([part.name] if isinstance(part, ast.FunctionDef | ast.ClassDef) else ())
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             bound.setdefault(node.name, f"name{len(bound)}")
         elif isinstance(node, ast.arg):
             bound.setdefault(node.arg, f"name{len(bound)}")
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             bound.setdefault(node.id, f"name{len(bound)}")
+    for name in members & bound.keys():
+        del bound[name]
     digest = hashlib.sha256()
     for node in ast.walk(tree):
         parts = [type(node).__name__]
@@ -224,10 +226,15 @@ def load_tasks(path: Path, kinds: Mapping) -> list[Task]:
 
 
 def load_seeds(path: Path, kinds: Mapping) -> list[Task]:
-    """As `load_tasks`, for tasks to begin a run with: what another run noted on them goes, but names of seeds."""
-    tasks = [(task, task.id if task.step == 0 else "") for task in load_tasks(path, kinds)]
-    fresh = {"step": 0, "references": [], "solve_rate": None}
-    return [replace(task, id=name or f"seed-{i}", **fresh) for i, (task, name) in enumerate(tasks)]
+    """As `load_tasks`, for tasks to begin a run with: step, references and solve rate, which are another run's, are
+    dropped; seeds keep their names, all others get one of their own, as a step of this run may give theirs again."""
+    tasks = load_tasks(path, kinds)
+    names = [
+        task.id if task.id and task.step == 0 else f"seed-{hash_texts([task.program, *task.inputs])}" for task in tasks
+    ]
+    return [
+        replace(task, id=name, step=0, references=[], solve_rate=None) for task, name in zip(tasks, names, strict=True)
+    ]
 
 
 def read_task(line: str, kinds: Mapping) -> Task:

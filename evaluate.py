@@ -130,10 +130,11 @@ def plan_suites(
                        "tags": ",".join(tags), "samples": samples, "temperature": temperature, "top_p": top_p,
                        "seed": seed, "weights": model and fingerprint(model), "engine": engine.name,
                        "dtype": engine.dtype, "max_model_len": engine.max_model_len}  # fmt: skip
-            for kind, item in {getattr(item.gold, "kind", ""): item for item in reversed(items)}.items():
+            kinds = {f"prompts {item.gold.kind}": item for item in reversed(items) if suite.group == "reasoning"}
+            for key, item in ({"prompts": items[0]} | kinds).items():  # the first of all, and of each kind of task
                 first = suite.prompt(item.text, tokenizer, header["template"])
                 asked = f"{dialogue.first_ids(tokenizer) or ''}{first}".encode()  # with BOS
-                header[f"prompts {kind}"] = hashlib.sha256(asked).hexdigest()[:16]
+                header[key] = hashlib.sha256(asked).hexdigest()[:16]
             read_responses(path, header)
         plans.append((spec, name, suite, items, header, path))
     return plans
@@ -365,10 +366,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; the same command goes on from the responses that were written", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        from policy.logprobs import ran_out_of_memory
+        if begun and not isinstance(error, OSError):
+            from policy.logprobs import ran_out_of_memory
 
-        if begun and not isinstance(error, OSError) and not ran_out_of_memory(error):
-            raise
+            if not ran_out_of_memory(error):
+                raise
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "; free some disk space, then the same command goes on" if full else ""
         print("evaluate:", *f"{error}{advice}".split(), file=sys.stderr)  # on one line, also what libraries say

@@ -121,7 +121,7 @@ def advantages(
                 centred[i] -= mean
             settled += rows if len({rewards[i] for i in rows}) == 1 else []
     found = whiten(centred, [""] * len(cells) if baseline == "global" else cells, lengths, weighting)
-    found[settled] = 0.0  # the mean of their cell is, but for rounding
+    found[settled] = 0.0  # it is zero already, but for rounding
     return found
 
 

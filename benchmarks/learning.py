@@ -10,6 +10,7 @@ Paper: section 4 has no such control; the idea of the shuffled control is from "
 """
 
 import argparse
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from measuring import (
     MODES,
     ROOT,
     advantage,
+    claim,
     curve,
     gain_interval,
     measured,
@@ -48,16 +50,18 @@ CURVE = 150  # tasks of the curve during a run (the file is balanced in every pr
 def run_all(seeds: list[int], conditions: list[str], extra: list[str], tasks_file: Path, out: Path, lanes: int) -> None:
     """Every condition and seed, `lanes` at a time with one thread each; what is finished is not run again."""
 
-    def one(job: tuple[int, str]) -> None:
-        seed, condition = job
-        name = f"{condition.replace(' ', '-')}-{seed}"
-        folder, log = out / name, out / "logs" / f"{name}.log"
-        flags = ["--preset", "tiny", "--seed", str(seed), *CONDITIONS[condition], *extra]
-        train(folder, log, [*flags, "--eval-suites", f"tasks:{tasks_file}:{CURVE}"])
-        measured(folder / "checkpoint", tasks_file, out, name)
+    def one(job: tuple[str, list[str], Path]) -> None:
+        name, flags, log = job
+        train(out / name, log, flags)
+        measured(out / name / "checkpoint", tasks_file, out, name)
         print(f"done: {name}", flush=True)
 
-    jobs = [(seed, condition) for seed in seeds for condition in conditions]
+    jobs, suite = [], f"tasks:{tasks_file}:{CURVE}"
+    for seed, condition in itertools.product(seeds, conditions):
+        name = f"{condition.replace(' ', '-')}-{seed}"
+        flags = ["--preset", "tiny", "--seed", str(seed), *CONDITIONS[condition], *extra, "--eval-suites", suite]
+        jobs.append((name, flags, out / "logs" / f"{name}.log"))
+        claim(out / name, *jobs[-1][1:])  # before any of them runs
     with ThreadPoolExecutor(lanes) as pool:
         waiting = [pool.submit(measured, ROOT / "tiny" / "model", tasks_file, out, "base")]
         for item in waiting + [pool.submit(one, job) for job in jobs]:

@@ -127,10 +127,17 @@ def in_lanes(work: Callable, items: Sequence, lanes: int) -> None:
             waiting.result()
 
 
+def flags_of(job: Job, extra: list[str]) -> list[str]:
+    return ["--preset", "tiny-skill", "--steps", "300", "--seed", str(job.seed), *job.flags, *extra]
+
+
+def log_of(job: Job, out: Path) -> Path:
+    return out / "logs" / f"{job.name}.log"
+
+
 def train(job: Job, out: Path, extra: list[str]) -> None:
     """Run one job, or go on with it, or leave it as it is when it is finished."""
-    flags = ["--preset", "tiny-skill", "--steps", "300", "--seed", str(job.seed), *job.flags, *extra]
-    measuring.train(out / job.name, out / "logs" / f"{job.name}.log", flags)
+    measuring.train(out / job.name, log_of(job, out), flags_of(job, extra))
     print(f"done: {job.name}", flush=True)
 
 
@@ -411,7 +418,10 @@ def main() -> None:
     jobs, parts = jobs_of(conditions, seeds), options.only.split(",")
     models = {"base": SKILL_MODEL} | {job.name: out / job.name / "checkpoint" for job in jobs}
     if "runs" in parts:
-        in_lanes(lambda job: train(job, out, options.extra.split()), jobs, options.lanes)
+        extra = options.extra.split()
+        for job in jobs:  # before any of them runs for hours
+            claim(out / job.name, flags_of(job, extra), log_of(job, out))
+        in_lanes(lambda job: train(job, out, extra), jobs, options.lanes)
     deep = beyond(tasks, out)
     of_seeds = (options.sample_seeds or options.seeds).split(",")
     wanted = ["base", *(job.name for job in jobs if job.condition in SAMPLED and str(job.seed) in of_seeds)]

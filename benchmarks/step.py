@@ -13,8 +13,9 @@ recomputation not at all), predicted and measured peak memory, and the seconds t
     python benchmarks/step.py --config Qwen2.5-Coder-3B --lora 32 --sleep    # adapters; an engine that sleeps
     python benchmarks/step.py --config Qwen2.5-Coder-3B --cudnn              # attention by cuDNN, as torch prefers
 
-After each step there is a line with one JSON object of all steps so far, so that a run that is cut has its last one. An
-engine whose logprobs differ from the update's stops the run: every step moves the weights by 1e-3, so stale ones show.
+After each step there is a line with one JSON object of the steps so far (but for the first, which warms up), so that a
+run that is cut has its last one. An engine whose logprobs differ from the update's stops the run: every step moves the
+weights by 1e-3, so stale ones show.
 """
 
 import argparse

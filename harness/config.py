@@ -245,7 +245,7 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     if config.seeds and not Path(config.seeds).is_file():
         raise ValueError(f"there is no file --seeds {config.seeds}; give RUN/seeds.jsonl of an earlier run")
     for name in ("eval_suites", "keep_best"):
-        if typed.get(name) and not config.eval_every and "eval_every" not in typed:
+        if typed.get(name) and not (config.eval_every or extra.smoke or "eval_every" in typed):
             raise ValueError(f"{flag(name)} needs --eval-every, say --eval-every 10")
     return config, extra
 

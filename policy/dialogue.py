@@ -171,7 +171,9 @@ def split_response(response: str, prefilled: bool = True, tags: Tags = TAGS) -> 
     marks = first + closing + more.partition(f"<{think}>")[0]
     body = rf"<{answer}>((?:(?!<{think}>|<{answer}>).)*?)"
     if whole := re.match(rf"\s*<{think}>(.*?)</{think}>\s*{body}</{answer}>", marks, re.DOTALL):
-        thought = text[slice(*whole.span(1))].replace(f"<{think}>", "")
+        begin, end = whole.span(1)  # from the first opening to the last closing tag; those between go, unless quoted
+        bare_tag = re.compile(rf"</?{think}>")
+        thought = bare_tag.sub(lambda tag: "" if marks[begin + tag.start()] == "<" else tag[0], text[begin:end])
         return Parts(thought.strip(), text[slice(*whole.span(2))].strip("\n"), True)
     after = max(marks.find(f"</{think}>"), 0)
     pairs = list(re.compile(rf"{body}(</{answer}>|\Z)", re.DOTALL).finditer(marks, after))

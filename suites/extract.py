@@ -96,13 +96,14 @@ def last_box(text: str) -> str | None:
 
 
 def last_display(text: str) -> str | None:
-    """Content of the last `\\[...\\]` or `$$...$$`; None without one."""
-    found = (-1, -1)
-    for left, right in ((r"\[", r"\]"), ("$$", "$$"))[: 2 - text.count("$$") % 2]:
-        end = max(text.rfind(right), 0)
-        if (start := text.rfind(left, 0, end)) >= 0:
-            found = max(found, (end, start + 2))
-    return text[found[1] : found[0]] if found[0] >= 0 else None
+    """Content of the last `\\[...\\]`; None without one."""
+    found, start = None, None
+    for mark in re.finditer(r"(?<!\\)\\[][]", text):  # a line break, `\\\\[4pt]`, opens nothing
+        if mark[0] == r"\[":
+            start = mark.end() if start is None else start
+        elif start is not None:
+            found, start = text[start : mark.start()], None
+    return found
 
 
 PHRASE = re.compile(r"(?:final\s+)?answer\s*(?:is|:)\s*:?\s*|^#*[ \t]*(?:final\s+)?answer[ ]*\n\s*", re.I | re.M)
@@ -120,8 +121,9 @@ def extract_math(response: str, tags: Tags = TAGS) -> str | None:
     if found is None:
         *before, found = PHRASE.split(text)
         if not answer:
-            display = last_display(text)
-            found = display if display is not None else found.split("\n")[0] if before else ""
+            display, dollars = last_display(text), text.split("$$")
+            last = dollars[-2] if len(dollars) > 2 and len(dollars) % 2 else ""  # pairs of them only
+            found = display if display is not None else found.split("\n")[0] if before else last
     found = re.sub(r"(?<!\.)\.$", "", BOLD.sub(r"\2", found.strip())).strip()
     for left, right in MARKS:
         inner = found[len(left) : -len(right)]

@@ -28,13 +28,15 @@ def read_responses(path: Path | None, header: dict) -> tuple[dict, dict[str, lis
         old["samples"], old["template"]
         for row in rows:
             found[row["id"]].append({key: row[key] for key in ("response", "tokens", "truncated")})
+        if max(map(len, found.values()), default=0) > old["samples"]:
+            raise ValueError("more responses to an item than samples")
+        short = {id for id, some in found.items() if len(some) < old["samples"]}
         wrong = [f"{key} {old[key]!r} instead of {value!r}" for key, value in header.items()
                  if key != "data" and value is not None and old.get(key, value) != value]  # fmt: skip
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): delete the file.") from None
     if wrong:
         raise ValueError(f"{path} was made with {', '.join(wrong)}: choose another --out or delete the file.")
-    short = {id for id, some in found.items() if len(some) < old["samples"]}
     if cut or short:
         kept = [line for line, row in zip(whole, [old, *rows], strict=True) if row.get("id") not in short]
         write_whole(path, "\n".join(kept) + "\n")

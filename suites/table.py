@@ -11,10 +11,11 @@ Paper: section 4.1 and appendix C (suites and protocol), Table 1 (groups and ave
 
 import gzip
 import hashlib
+import itertools
 import json
 import sys
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -298,11 +299,11 @@ def load_items(
         items = [make(row, index) for index, row in enumerate(rows)]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{source} is not the data of {name} ({error!r} in a line): get them again.") from None
-    times: Counter[str] = Counter()
+    known: set[str] = set()
     for i, item in enumerate(items):  # tasks of two buffers may share an id, since these share their seeds
-        times[item.id] += 1
-        if times[item.id] > 1:
-            items[i] = replace(item, id=f"{item.id}#{times[item.id]}")
+        names = itertools.chain([item.id], (f"{item.id}#{number}" for number in itertools.count(2)))
+        items[i] = replace(item, id=next(name for name in names if name not in known))
+        known.add(items[i].id)
     return suite, items, about
 
 

@@ -54,6 +54,8 @@ def test_names_of_a_class_that_attributes_read_keep_their_part():
     )
     ways = [("lo", "hi", "get"), ("hi", "lo", "get"), ("lo", "get", "hi")]
     assert len({program_digest(program.format(*names)) for names in ways}) == 3
+    both = "class C:\n    lo, hi = 1, 2\ndef f({}, {}):\n    return C.lo"
+    assert program_digest(both.format("lo", "hi")) != program_digest(both.format("hi", "lo"))
     same = program.format(*ways[0]).replace("C", "D").replace("self", "it").replace("x", "y")
     assert program_digest(same) == program_digest(program.format(*ways[0]))
 
@@ -152,7 +154,12 @@ def test_tasks_of_another_run_become_seeds(tmp_path):
         tmp_path / "tasks.jsonl", [replace(zero, step=3, id="3-deduction-0", solve_rate=0.5, references=["x"]), zero]
     )
     seeds = load_seeds(tmp_path / "tasks.jsonl", KINDS)
-    assert seeds == [replace(zero, id="seed-0"), zero] and seeds[0].step == 0
+    name = seeds[0].id
+    assert seeds == [replace(zero, id=name), zero] and seeds[0].step == 0 and name not in ("3-deduction-0", zero.id)
+    save_tasks(tmp_path / "more.jsonl", [*seeds, replace(zero, program=PROGRAM, step=1, id="1-deduction-0")])
+    assert (
+        len({task.id for task in load_seeds(tmp_path / "more.jsonl", KINDS)}) == 3
+    )  # of two runs, one after the other
 
 
 def test_a_full_buffer_comes_back_from_the_file_of_all_that_ever_entered(tmp_path):

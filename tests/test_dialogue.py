@@ -384,7 +384,8 @@ def test_a_tag_within_quotes_is_text(value):
 
 
 def test_a_thought_goes_to_the_tag_before_the_answer_and_a_repeated_opening_is_none():
-    assert split_response("ok</think>\nand more\n</think>\n<answer>5</answer>").think.endswith("and more")
+    parts = split_response("say '<think>'</think>\nand more\n</think>\n<answer>5</answer>")
+    assert parts.formatted and parts.think == "say '<think>'\nand more"
     parts = split_response("<think>\n\n</think>\n\n<answer>5</answer>")
     assert parts.formatted and (parts.think, parts.answer) == ("", "5")
 

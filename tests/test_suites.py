@@ -519,6 +519,9 @@ def test_extract_math():
         "<answer>2**3 + x**(1/2)</answer>": "2**3 + x**(1/2)",
         "so $$42$$": "42",
         "from $$x^2 = 4$$ follows \\[ x = 2 \\]": "x = 2",
+        "from $$x^2 = 4, x > 0$$ we see that the answer is 2.": "2",
+        "it costs $$5": None,
+        "\\[ x = 1 + 1 \\\\[4pt] = 2 \\] and \\] the end": "x = 1 + 1 \\\\[4pt] = 2",
         "\\boxed{a \\{ b} and \\boxed{1 \\frac{1}{2}} }": "1 \\frac{1}{2}",
         "\\boxed{\\boxed{7}}": "7",
     }
