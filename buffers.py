@@ -63,6 +63,23 @@ def has_docstring(node: ast.AST) -> bool:
     return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
 
 
+def binding(node: ast.AST) -> str | None:
+    """The name that a node binds, if any."""
+    match node:
+        case (
+            ast.Name(id=name, ctx=ast.Store())
+            | ast.arg(arg=name)
+            | ast.alias(asname=name)
+            | ast.MatchMapping(rest=name)
+        ):
+            return name
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            return node.name
+        case ast.ExceptHandler(name=name) | ast.MatchAs(name=name) | ast.MatchStar(name=name):
+            return name
+    return None
+
+
 @lru_cache(maxsize=4096)  # a program comes back as reference, as key and in the metrics
 def program_digest(program: str) -> str:
     """A digest that is equal for programs that differ only in layout, comments, docstrings and the names they bind.
@@ -85,12 +102,8 @@ def program_digest(program: str) -> str:
                 targets = [part.target] if isinstance(part, ast.AnnAssign) else getattr(part, "targets", ())
                 members.update(item.id for target in targets for item in ast.walk(target) if isinstance(item, ast.Name))
                 members.update([part.name] if isinstance(part, ast.FunctionDef | ast.ClassDef) else ())
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            bound.setdefault(node.name, f"name{len(bound)}")
-        elif isinstance(node, ast.arg):
-            bound.setdefault(node.arg, f"name{len(bound)}")
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            bound.setdefault(node.id, f"name{len(bound)}")
+        if name := binding(node):
+            bound.setdefault(name, f"name{len(bound)}")
     for name in members & bound.keys():
         del bound[name]
     digest = hashlib.sha256()
@@ -101,11 +114,12 @@ def program_digest(program: str) -> str:
                 parts.append(f"{name}[{len(value)}]")
                 # Names after global and nonlocal, None for a missing default or key: they are no nodes of their own.
                 parts += [f"{i}={bound.get(v, v)}" for i, v in enumerate(value) if not isinstance(v, ast.AST)]
-            elif isinstance(value, str) and name in ("id", "arg", "name"):
-                parts.append(bound.get(value, value))
+            elif isinstance(value, str) and name in ("id", "arg", "name", "asname", "rest"):
+                parts.append(value if isinstance(node, ast.alias) and name == "name" else bound.get(value, value))
             elif isinstance(value, int) and value.bit_length() > 10_000:  # Python may refuse to write it in decimal
                 parts.append(f"{name}={value:x}")
             elif not isinstance(value, ast.AST):
+                value = None if name == "kind" else value  # the u of u'' says nothing
                 parts.append(f"{name}={type(value).__name__}:{value!r}")
             else:
                 parts.append(name)

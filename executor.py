@@ -8,9 +8,10 @@ run, be safe and be deterministic (`agree`). A server that dies is started again
 
 What is not covered. This is defence in depth for model-written code, not a multi-tenant sandbox: a kernel or CPython
 bug can break it, the static filter can be fooled and is not relied upon, side channels are not addressed. A program can
-make its own child claim a false output of its own call, which helps nobody: to earn a reward the claim would have to
-equal outputs that no such process has ever seen. Two hash seeds do not find all dependence on set order (a list made of
-a set of two strings slips through about half the time); later runs always use the first seed, so such a task stays
+make its own child claim a false output of its own call. As an answer that helps nobody: to earn a reward the claim
+would have to equal outputs that no such process has ever seen. A proposal that finds out, past the filter, that it is
+being validated can behave otherwise later. Two hash seeds do not find all dependence on set order (a list made of a set
+of two strings slips through about half the time); later runs always use the first seed, so such a task stays
 consistent. On macOS, or where the kernel has no seccomp, only the filter, resource limits and process separation
 remain: use a container or a virtual machine there. Windows is refused.
 
@@ -68,7 +69,9 @@ class Limits:
     wall_s: float = limit(10.0, "s", "wall time of a call, beyond 100 CPU limits: it hardly moves")
     hang_s: float = limit(60.0, "s", "wall time for a server to answer, beyond all of the above: it is killed")
     compile_cpu_s: float = limit(2.0, "s", "CPU time to parse and compile a program")
-    memory_mb: int = limit(256, "MB", "memory of a call in `validate`; a quarter more in `run` and `verify`")
+    memory_mb: int = limit(
+        256, "MB", "memory of a call in the first process of `validate`; a quarter more in all others"
+    )
     max_source_chars: int = limit(20_000, "chars", "length of a program")
     max_literal_chars: int = limit(20_000, "chars", "length of an input or an answer")
     literal_depth: int = limit(literals.LITERAL_DEPTH, "levels", "nesting of an input or an answer", fixed=True)
@@ -250,8 +253,11 @@ class Executor(AbstractContextManager):
                 rows[job].append(call)
         parts = []
         for (program, limit), calls in programs.items():
-            for i in range(0, len(calls), most):
-                parts.append((program, limit, list(calls.values())[i : i + most]))
+            owners: dict[int, list[Call]] = {}  # calls of different jobs never share a child: what one of them leaves
+            for call in calls.values():  # behind in a module could decide the other
+                owners.setdefault(min(call.jobs), []).append(call)
+            for own in owners.values():
+                parts += [(program, limit, own[i : i + most]) for i in range(0, len(own), most)]
         progress = progress or (lambda n: None)
         progress(rows.count([]))
         with closing(self.pool.each(partial(self._examine, checked, patient), parts)) as examined:
@@ -270,7 +276,6 @@ class Executor(AbstractContextManager):
         """Collect the claims of a program's calls, seed by seed, in a thread. Behind a death another child goes on."""
         program, cpu_s, calls = part
         seeds, repeats = (self.limits.hash_seeds, self.limits.repeats) if checked else (self.limits.hash_seeds[:1], 1)
-        memory = (self.limits.memory_mb << 20) * (4 if checked else 5) // 4
         for call in calls:
             if len(program) > self.limits.max_source_chars:
                 call.claims.append(Result(Verdict.SOURCE_TOO_LARGE))
@@ -278,6 +283,9 @@ class Executor(AbstractContextManager):
                 call.claims.append(Result(Verdict.BAD_INPUT))
         for seed in seeds:
             left = [call for call in calls if not call.claims or agree(call.claims).answered]
+            first = seed == seeds[0]
+            left = left if first else left[::-1]  # in another order, and with more memory: neither may show
+            memory = (self.limits.memory_mb << 20) * (4 if checked and first else 5) // 4
             while left:
                 arguments = [call.arguments for call in left]
                 claims, spent = self.pool.ask(seed, program, arguments, repeats, cpu_s, memory)

@@ -25,7 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from buffers import Buffer, Task, draw_references, hash_texts, program_digest
-from policy.dialogue import ASSISTANT, PREAMBLE, USER, arguments, bare, fenced_blocks, find_program, syntax
+from policy.dialogue import ASSISTANT, PREAMBLE, USER, arguments, bare, fenced_blocks, find_program, input_key
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a task type is
@@ -148,7 +148,7 @@ PAIR = "```input\n{input}\n```\n```output\n{output}\n```\n"
 
 def input_blocks(blocks: Sequence[tuple[str, str]]) -> list[str]:
     """The arguments in every input block that is not empty."""
-    return [arguments(content) for label, content in blocks if label == "input" and arguments(content)]
+    return [found for label, content in blocks if label == "input" and (found := arguments(content))]
 
 
 def answer_block(answer: str, label: str) -> str:
@@ -348,7 +348,7 @@ class Induction(Kind):
         messages = [content.strip() for label, content in blocks if label == "message" and content.strip()]
         distinct: dict[str, str] = {}
         for text in input_blocks(blocks):
-            distinct.setdefault(syntax(text), text)
+            distinct.setdefault(input_key(text), text)
         if len(distinct) < n_inputs:
             return None, "too_few_inputs" if distinct else "no_input"
         if not messages:
@@ -380,7 +380,7 @@ class Induction(Kind):
         return f"```python\n{task.program}\n```"
 
     def key(self, task: Task) -> str:
-        return f"{program_digest(task.program)}:{hash_texts(sorted(task.inputs))}"
+        return f"{program_digest(task.program)}:{hash_texts(sorted(map(input_key, task.inputs)))}"
 
     def made(self, task: Task) -> str:
         return "\0".join([task.message.strip().lower(), *task.inputs])

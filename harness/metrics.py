@@ -301,8 +301,9 @@ PATTERNS = {
 
 
 def flags(rollout) -> list[str]:
-    """Names of the rows of WORRYING found in a rollout's reasoning (the whole response when the format is broken), and
-    "unsafe program" if the executor refused its program as unsafe. Empty for almost every rollout."""
-    text = rollout.parts.think if rollout.parts.formatted else rollout.response
+    """Names of the rows of WORRYING found before a rollout's answer (in the whole response when the format is broken),
+    and "unsafe program" if the executor refused its program as unsafe. Empty for almost every rollout."""
+    before, answer, _ = rollout.response.rpartition(rollout.parts.answer or "\0")
+    text = before if rollout.parts.formatted and answer else rollout.response
     found = [name for name, pattern in PATTERNS.items() if pattern.search(text)]
     return found + (["unsafe program"] if rollout.verdict == "unsafe" else [])

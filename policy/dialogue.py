@@ -14,9 +14,12 @@ Paper: R1-style tags (Figure 8 and appendix); equation 6 for the format.
 import ast
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
+
+from sandbox.literals import BadLiteral, canonical, parse_arguments
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The wrapper around every prompt (paper: R1-style tags, plain text).
@@ -171,10 +174,8 @@ def split_response(response: str, prefilled: bool = True, tags: Tags = TAGS) -> 
     marks = first + closing + more.partition(f"<{think}>")[0]
     body = rf"<{answer}>((?:(?!<{think}>|<{answer}>).)*?)"
     if whole := re.match(rf"\s*<{think}>(.*?)</{think}>\s*{body}</{answer}>", marks, re.DOTALL):
-        begin, end = whole.span(1)  # from the first opening to the last closing tag; those between go, unless quoted
-        bare_tag = re.compile(rf"</?{think}>")
-        thought = bare_tag.sub(lambda tag: "" if marks[begin + tag.start()] == "<" else tag[0], text[begin:end])
-        return Parts(thought.strip(), text[slice(*whole.span(2))].strip("\n"), True)
+        thought = text[slice(*whole.span(1))].partition(f"</{think}>")[0].strip()
+        return Parts(thought.removeprefix(f"<{think}>").strip(), text[slice(*whole.span(2))].strip("\n"), True)
     after = max(marks.find(f"</{think}>"), 0)
     pairs = list(re.compile(rf"{body}(</{answer}>|\Z)", re.DOTALL).finditer(marks, after))
     if not pairs:
@@ -240,7 +241,7 @@ def arguments(text: str) -> str:
     prose after it, or as `f(...) == ...`. Anything else around a call, or a second call, is left for the judge to
     refuse."""
     text = visible(text).strip()
-    places = islice((found.end() for found in re.finditer(r"\)", text)), 32)
+    places = islice((found.end() for found in re.finditer(r"\)", text)), 32 if len(text) < 2000 else 0)
     for end in [len(text), *places] if re.match(CALL, text) else ():
         try:
             body = ast.parse(text[:end], "<literal>").body
@@ -256,9 +257,12 @@ def arguments(text: str) -> str:
     return text
 
 
-def syntax(text: str) -> str:
-    """What two argument lists have in common that differ only in layout, quotes and comments; any other text is its
-    own."""
+def input_key(text: str) -> str:
+    """What two argument lists have in common that hold the same values, by position or by name; of one that is no
+    literal, what is left without layout, quotes and comments. Any other text is its own."""
+    with suppress(BadLiteral):
+        values, named = parse_arguments(text)
+        return canonical([*values, *(named[name] for name in sorted(named))])
     try:
         return ast.dump(ast.parse(f"f({text}\n)", "<literal>", "eval"))
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -158,7 +158,9 @@ def build(node: ast.expr, depth: int = 1) -> object:
                 return kind(value)
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in CONTAINERS and len(arguments) < 2:
             items = [build(argument, depth + 1) for argument in arguments]
-            if all(type(item) in CONTAINERS.values() for item in items):
+            kinds = {type(item) for item in items}
+            ordered = name in ("list", "tuple", "dict")  # the order of a set is another in each process of the trainer
+            if kinds <= {*CONTAINERS.values()} and not (ordered and kinds & {set, frozenset}):
                 return CONTAINERS[name](*items)
     raise BadLiteral("the text is not a plain literal")
 

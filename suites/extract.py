@@ -11,6 +11,8 @@ Sources: EvalPlus's sanitiser (same verdicts, without tree-sitter), LiveCodeBenc
 import ast
 import itertools
 import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from executor import BadLiteral, parse_arguments, parse_literal
@@ -34,7 +36,7 @@ def sanitize(text: str, entry: str | None = None) -> str:
     defined under each name that `entry` needs (every name where None). So prose, fences, self-tests and `__main__`
     blocks go. One exception: what has a decorator stays. A text with nothing of that is returned as that range."""
     indented = re.sub(r"(?m)^[ \t]+", lambda indent: indent[0].replace("\t", "    "), text)
-    code = max(longest_program(text), longest_program(indented), key=lambda code: len(code.split()))
+    code = max(map(longest_program, dict.fromkeys([text, indented])), key=lambda code: len(code.split()))
     try:
         body = ast.parse(code).body
     except UNPARSABLE:
@@ -61,16 +63,26 @@ def sanitize(text: str, entry: str | None = None) -> str:
     return "\n".join(source_of(code, node) for node in kept) or code
 
 
+MOST_RANGES = 100_000  # that are tried: all of a text of 440 lines; a model that repeats itself writes thousands
+
+
 def longest_program(text: str) -> str:
     """The range of two or more lines that parses and has the most lines that are not blank; else the first line."""
     lines = text.split("\n")
-    filled = [0, *itertools.accumulate(bool(line.strip()) for line in lines)]
-    spans = [(a, b) for a, b in itertools.combinations(range(len(lines) + 1), 2) if b > a + 1 and filled[b] > filled[a]]
-    for start, end in sorted(spans, key=lambda span: filled[span[0]] - filled[span[1]]):
+    for start, end in itertools.islice(ranges(lines), MOST_RANGES):
         with suppress(*UNPARSABLE):
             ast.parse("\n".join(lines[start:end]))
             return "\n".join(lines[start:end])
     return lines[0].strip()
+
+
+def ranges(lines: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """All ranges (start, end) of two lines or more, those with the most filled lines first, then the earliest."""
+    filled = [0, *itertools.accumulate(bool(line.strip()) for line in lines)]  # lines before each place
+    for count in range(filled[-1], 0, -1):
+        for start in range(bisect_right(filled, filled[-1] - count)):
+            first, last = (cut(filled, filled[start] + count) for cut in (bisect_left, bisect_right))
+            yield from ((start, end) for end in range(max(first, start + 2), last))
 
 
 def identifiers(node: ast.AST) -> set[str]:

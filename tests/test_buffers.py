@@ -60,6 +60,19 @@ def test_names_of_a_class_that_attributes_read_keep_their_part():
     assert program_digest(same) == program_digest(program.format(*ways[0]))
 
 
+def test_names_that_other_statements_bind_make_no_new_program():
+    program = (
+        "import math as {0}\nfrom math import pi as {1}\nasync def {2}(): pass\n"
+        "def f(x):\n    try:\n        return {0}.sqrt(x)\n    except ValueError as {3}:\n"
+        "        match x:\n            case [{4}, *{5}] | {{'a': {4}, **{5}}}: return {4}"
+    )
+    assert program_digest(program.format(*"abcdeg")) == program_digest(program.format(*"qrstuv"))
+    assert program_digest("from math import sin as g\ndef f(sin): return g(sin)") != program_digest(
+        "from math import cos as g\ndef f(cos): return g(cos)"
+    )
+    assert program_digest("def f(): return u'a'") == program_digest("def f(): return 'a'")
+
+
 def test_digests_survive_integers_that_python_does_not_print():
     assert program_digest("x = 0x" + "f" * 5000) != program_digest("x = 0x" + "f" * 5001)
     assert program_digest("x = 1") != program_digest("x = True")

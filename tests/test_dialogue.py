@@ -1,6 +1,7 @@
 """Tests of prompts and replies on tokenizers as published models have them: BOS, tags that are tokens, templates that
 open a think tag or drop reasoning; and one reader of tags and fences for training, evaluation and samples files."""
 
+import ast
 import json
 
 import pytest
@@ -25,10 +26,10 @@ from policy.dialogue import (
     choose_tags,
     encode,
     fenced_blocks,
+    input_key,
     inspect_dialogue,
     response_text,
     split_response,
-    syntax,
     wrap,
 )
 from policy.engine import Completion
@@ -383,9 +384,7 @@ def test_a_tag_within_quotes_is_text(value):
             assert parts.think == "Thinking."
 
 
-def test_a_thought_goes_to_the_tag_before_the_answer_and_a_repeated_opening_is_none():
-    parts = split_response("say '<think>'</think>\nand more\n</think>\n<answer>5</answer>")
-    assert parts.formatted and parts.think == "say '<think>'\nand more"
+def test_a_repeated_opening_tag_is_no_thought():
     parts = split_response("<think>\n\n</think>\n\n<answer>5</answer>")
     assert parts.formatted and (parts.think, parts.answer) == ("", "5")
 
@@ -420,7 +419,15 @@ def test_no_comment_keeps_the_parser_busy(text):
 
 
 def test_a_multi_line_call_keeps_its_comments_and_comments_make_no_second_input(tmp_path):
-    assert syntax(arguments("f([1,  # one\n   5], 3)")) == syntax("[1, 5], 3") == syntax("[1, 5], 3  # c")
+    assert input_key(arguments("f([1,  # one\n   5], 3)")) == input_key("[1, 5], 3") == input_key("[1, 5], 3  # c")
+    assert input_key("1, b='a'") == input_key("+1, u'a'") == input_key("a=0x1, b='a'") != input_key("1.0, 'a'")
+    assert input_key("x + 1") == input_key("x  +  1") != input_key("x + 2")
+
+
+def test_a_long_call_with_many_brackets_is_parsed_once(monkeypatch):
+    seen, parse = [], ast.parse
+    monkeypatch.setattr(ast, "parse", lambda *arguments: seen.append(1) or parse(*arguments))
+    assert arguments("f(" + "[]," * 8000 + "$" + ")" * 40).startswith("f([]") and len(seen) == 1
     blocks = "".join(f"```input {n}\n{text}\n```\n" for n, text in enumerate(("f(1)", "f(1)  # again", "1 # bare")))
     draft = KINDS["induction"].parse_proposal(blocks + "```message\nm\n```", [KINDS["deduction"].zero()], 2)
     assert draft == (None, "too_few_inputs")

@@ -252,6 +252,8 @@ ATTACKS = {
     "acceptance: subprocess": (body(f"subprocess.run(['touch', {str(MARKER)!r}])", "import subprocess"), UNSAFE, "unsafe runtime_error"),
     "writes a file": (body(f"{TOUCH}.write('x')"), UNSAFE, "unsafe runtime_error"),
     "dates have a clock": (body("str(datetime.datetime.now())", "import datetime"), UNSAFE, ANY),
+    "a clock and a name like it": (program("import datetime", "def f(x):", "    now = datetime.datetime.now()", "    return now.year"), UNSAFE, ANY),
+    "chance of statistics": (body("statistics.NormalDist(0, 1).samples(1)", "import statistics"), UNSAFE, ANY),
     "random": (body("random.random()", "import random"), UNSAFE, "unsafe runtime_error"),
     "relative import": (body("1", "from . import child"), UNSAFE, "unsafe runtime_error"),
     "private name of a module": (body("1", "from collections import _sys"), UNSAFE, "unsafe runtime_error"),
@@ -562,6 +564,8 @@ def test_literals_go_round():
         "not 1",
         "list('ab')",
         "1 if 1 else 2",
+        "list({'a', 'b'})",  # in whatever order this process has them
+        "tuple(frozenset({1, 2}))",
     ):
         with pytest.raises(BadLiteral):
             parse_literal(text)
@@ -676,6 +680,60 @@ def gone(pids: list[int]) -> bool:
 
 def restarts(executor: Executor) -> int:
     return sum(lane.starts - 1 for lane in executor.lanes)
+
+
+READ = """
+import dataclasses
+class M(type):
+    def __instancecheck__(c, o): return True
+def read(o, name):  # any attribute, past the gate
+    K = M('K', (), {'__match_' + 'args__': (name,)})
+    match o:
+        case K(v): return v
+modules = read(read(dataclasses.dataclass, '__glob' + 'als__')['sys'], 'modules')
+gate = read(modules['sandbox.child'], 'gate')
+codes = [o for o in read(modules['gc'], 'get_referents')(gate) if type(o).__name__ == 'code']
+def f(x):
+    return [read(code, 'co_' + 'names') for code in codes]
+"""
+COUNT = "import functools\nk = functools.wraps.n = getattr(functools.wraps, 'n', 0) + 1\n"
+
+
+def test_a_child_finds_no_program_but_its_own():
+    """The gold program of an induction task must not lie in the memory of the server that a solver's one is forked from."""
+    with Executor(2) as executor:
+        executor.validate([("secret = 3\ndef f(x):\n    return x * secret", ["1"])] * 4)
+        [[result]] = executor.validate([(READ, ["1"])])
+    assert result.ok and "secret" not in result.output and "modules" in result.output
+
+
+def test_what_a_call_leaves_behind_decides_no_other():
+    """Library objects outlive a call in its child: other jobs have children of their own, and a proposal is called in
+    another order in its second process."""
+    with Executor(2) as executor:
+        answers = [(COUNT + "def f(x):\n    return k", [str(i)], ["1"]) for i in range(8)]
+        assert [judgement.correct for judgement in executor.verify(answers)] == [True] * 8
+        [results] = executor.validate([(COUNT + "def f(x):\n    return k", [str(i) for i in range(10)])])
+    assert {result.verdict for result in results} == {Verdict.NONDETERMINISTIC}
+
+
+def test_a_program_that_asks_for_its_memory_limit_is_no_task():
+    probe = "def f(x):\n    try:\n        return len(bytearray(290 << 20))\n    except MemoryError:\n        return 0"
+    with Executor(2) as executor:
+        [[result]] = executor.validate([(probe, ["1"])])
+    assert result.verdict is Verdict.NONDETERMINISTIC
+
+
+@LINUX
+def test_a_short_source_cannot_make_the_compiler_take_gigabytes():
+    source = "g = lambda: " + " + ".join(["'a' * 4000"] * 1400) + "\ndef f(x):\n    return 1"
+    with Executor(2) as executor:
+        [[bad], [good]] = executor.validate([(source, ["1"]), ("def f(x):\n    return x", ["1"])])
+        assert bad.verdict in (Verdict.SYNTAX_ERROR, Verdict.TIMEOUT) and good.ok
+        for lane in executor.lanes:
+            lane.ready()
+            status = Path(f"/proc/{lane.process.pid}/status").read_text()
+            assert int(status.split("VmHWM:")[1].split()[0]) < 400 << 10  # kB
 
 
 @LINUX

@@ -361,6 +361,13 @@ def test_unpickler_refuses_globals():
             judge_code.lcb_tests(problem([], private=packed))
 
 
+def test_a_claim_that_is_no_text_or_cannot_be_read_is_wrong_and_costs_the_others_nothing(sandbox):
+    programs = ["def f(text):\n    return [text]", "def f(text):\n    return text", "def f(text):\n    return {1}"]
+    claims = judge_code.run_claims(sandbox, [(program, "ok") for program in programs], [1.0] * 3)
+    assert [claim for claim, _ in claims] == [None, "ok", None]
+    assert not judge_code.same_return("9" * 5000, "9") and not judge_code.same_return("{", "1")
+
+
 def test_same_stdout():
     same = judge_code.same_stdout
     assert same(" 1 2 \nYES\n\n", "1 2\nYES") and same("1.0 2", "1 2.00") and same("1e3", "1000")
