@@ -80,7 +80,7 @@ class Limits:
     int_bits: int = limit(literals.INT_BITS, "bits", "size of a whole number in any of them", fixed=True)
     processes: int = limit(0, "", "processes that a program may start", fixed=True)
     file_bytes: int = limit(0, "bytes", "what a program may write to a file", fixed=True)
-    inputs_per_fork: int = limit(32, "calls", "calls of a program that share a child, each in a namespace of its own")
+    inputs_per_fork: int = limit(32, "calls", "calls of a job that share a child, each in a namespace of its own")
     hash_seeds: Sequence[int] = limit((0, 1), "", "a proposal runs in a process for each; all else uses the first")
     repeats: int = limit(2, "calls", "of a proposal in each of these processes, with fresh arguments")
     growth: int = limit(4, "x", "memory of a server, in multiples of that at its start: it is started again")

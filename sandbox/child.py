@@ -4,7 +4,8 @@
 itself and never learns what the right answer would have been. In the order of this file:
     gate, check   source text -> code object, or a clear verdict; nothing is executed. Nothing relies on this filter
     namespaces    what the program can see: builtins without the dangerous ones, stand-ins instead of modules. Fresh for
-                  every call, so that state and patches never reach the next one
+                  every call: what reaches the next one in this child, which is of the same job, are changes to
+                  objects of the library
     claims        run the program in a fresh namespace, call it, one line of text per call
     Server        receive, gate, fork, watch the child's CPU clock, kill, reply
 
