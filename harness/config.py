@@ -242,8 +242,6 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
         raise ValueError(f"--preset {preset!r} is unknown; {instead}")
     config = Config(**PRESETS.get(preset, {}) | (SMOKE if extra.smoke else {}) | typed | {"preset": preset})
     config.validate()
-    if config.seeds and not Path(config.seeds).is_file():
-        raise ValueError(f"there is no file --seeds {config.seeds}; give RUN/seeds.jsonl of an earlier run")
     for name in ("eval_suites", "keep_best"):
         if typed.get(name) and not (config.eval_every or extra.smoke or "eval_every" in typed):
             raise ValueError(f"{flag(name)} needs --eval-every, say --eval-every 10")
