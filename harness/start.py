@@ -46,8 +46,9 @@ from policy.speed import DEVICES, estimate_seconds
 
 def prepare(config: Config, card: float = 0.0, fresh=True, whole=False) -> tuple[memory.Plan, Config, list, dict]:
     """Plan a run and say what will happen: in two lines, or as a `whole` with the parts of the memory. `card`: GB of a
-    card that is not here. Raises ValueError for a model that cannot be had, does not fit or fails a check, and for seeds
-    that are not there. Returns the plan, the configuration without "auto", the prompts to check weights with, what was checked already."""
+    card that is not here. Raises ValueError for a model that cannot be had, does not fit or fails a check, and without
+    the file of --seeds. Returns the plan, the configuration without "auto", the prompts to check weights with, what was
+    checked already."""
     if fresh and config.seeds and not Path(config.seeds).is_file():
         raise ValueError(f"there is no file --seeds {config.seeds}; give RUN/seeds.jsonl of an earlier run")
     hf_config = load_config(config.model)
