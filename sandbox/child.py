@@ -74,7 +74,7 @@ HONEST_DUNDERS = words(  # what honest classes define or read; every other one i
 DUNDERS = frozenset(f"__{name}__" for name in HONEST_DUNDERS)
 
 
-@lru_cache(maxsize=1)  # no more: a child that reads the server's memory must find its own program alone
+@lru_cache(maxsize=32)  # a program often comes again with other inputs; refusals are not kept
 def gate(source: str, modules: frozenset[str] | None) -> types.CodeType:
     """Parse, filter and compile `source`. `modules`: the import allow-list; None switches the filter off.
 
@@ -292,6 +292,7 @@ class Server:
             leave = os._exit
             try:
                 os.close(self.channel)
+                gate.cache_clear()  # whoever reads this process past the filter finds no program but its own
                 self.layers.enter_child(cpu_s * lines, memory, self.config["processes"])
                 for call in calls:
                     for line in claims(code, call, repeats, self.fresh, entry, most):

@@ -699,12 +699,12 @@ def f(x):
 COUNT = "import functools\nk = functools.wraps.n = getattr(functools.wraps, 'n', 0) + 1\n"
 
 
-def test_a_child_finds_no_program_but_its_own():
-    """The gold program of an induction task must not lie in the memory of the server that a solver's one is forked from."""
+def test_a_child_finds_no_program_in_the_memory_of_its_server():
+    """Else a solver's program for an induction task could look for the gold one."""
     with Executor(2) as executor:
         executor.validate([("secret = 3\ndef f(x):\n    return x * secret", ["1"])] * 4)
         [[result]] = executor.validate([(READ, ["1"])])
-    assert result.ok and "secret" not in result.output and "modules" in result.output
+    assert result.ok and result.output == "[]"
 
 
 def test_what_a_call_leaves_behind_decides_no_other():
