@@ -63,6 +63,9 @@ def has_docstring(node: ast.AST) -> bool:
     return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
 
 
+DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
 def binding(node: ast.AST) -> str | None:
     """The name that a node binds, if any."""
     match node:
@@ -93,15 +96,15 @@ def program_digest(program: str) -> str:
     except (RecursionError, MemoryError):
         return hash_texts([program])
     bound: dict[str, str] = {}
-    members: set[str] = set()  # what classes define keeps its name: attributes read it
+    members: set[str | None] = set()  # what classes define keeps its name: attributes read it
     for node in ast.walk(tree):
         if has_docstring(node):
             del node.body[0]
         if isinstance(node, ast.ClassDef):
             for part in node.body:
-                targets = [part.target] if isinstance(part, ast.AnnAssign) else getattr(part, "targets", ())
-                members.update(item.id for target in targets for item in ast.walk(target) if isinstance(item, ast.Name))
-                members.update([part.name] if isinstance(part, ast.FunctionDef | ast.ClassDef) else ())
+                members.update(map(binding, [part] if isinstance(part, DEFINITIONS) else ast.walk(part)))
+        elif isinstance(node, ast.alias) and not node.asname:
+            members.add(node.name.partition(".")[0])  # what it names is not the program's to choose
         if name := binding(node):
             bound.setdefault(name, f"name{len(bound)}")
     for name in members & bound.keys():

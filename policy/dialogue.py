@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from sandbox.literals import BadLiteral, canonical, parse_arguments
+from sandbox.literals import BadLiteral, Refused, canonical, parse_arguments
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The wrapper around every prompt (paper: R1-style tags, plain text).
@@ -174,7 +174,8 @@ def split_response(response: str, prefilled: bool = True, tags: Tags = TAGS) -> 
     marks = first + closing + more.partition(f"<{think}>")[0]
     body = rf"<{answer}>((?:(?!<{think}>|<{answer}>).)*?)"
     if whole := re.match(rf"\s*<{think}>(.*?)</{think}>\s*{body}</{answer}>", marks, re.DOTALL):
-        thought = text[slice(*whole.span(1))].partition(f"</{think}>")[0].strip()
+        first = marks[slice(*whole.span(1))].partition(f"</{think}>")[0]
+        thought = text[whole.start(1) : whole.start(1) + len(first)].strip()
         return Parts(thought.removeprefix(f"<{think}>").strip(), text[slice(*whole.span(2))].strip("\n"), True)
     after = max(marks.find(f"</{think}>"), 0)
     pairs = list(re.compile(rf"{body}(</{answer}>|\Z)", re.DOTALL).finditer(marks, after))
@@ -241,7 +242,7 @@ def arguments(text: str) -> str:
     prose after it, or as `f(...) == ...`. Anything else around a call, or a second call, is left for the judge to
     refuse."""
     text = visible(text).strip()
-    places = islice((found.end() for found in re.finditer(r"\)", text)), 32 if len(text) < 2000 else 0)
+    places = islice((found.end() for found in re.finditer(r"\)", text)), 32 if len(text) < 2000 else 2)
     for end in [len(text), *places] if re.match(CALL, text) else ():
         try:
             body = ast.parse(text[:end], "<literal>").body
@@ -258,11 +259,10 @@ def arguments(text: str) -> str:
 
 
 def input_key(text: str) -> str:
-    """What two argument lists have in common that hold the same values, by position or by name; of one that is no
-    literal, what is left without layout, quotes and comments. Any other text is its own."""
-    with suppress(BadLiteral):
-        values, named = parse_arguments(text)
-        return canonical([*values, *(named[name] for name in sorted(named))])
+    """What two argument lists have in common that hold the same values in the same places; of one that is no literal,
+    what is left without layout, quotes and comments. Any other text is its own."""
+    with suppress(BadLiteral, Refused):
+        return canonical(parse_arguments(text))
     try:
         return ast.dump(ast.parse(f"f({text}\n)", "<literal>", "eval"))
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -61,7 +61,7 @@ FRAMES = words(
     "gi_frame gi_code gi_yieldfrom cr_frame cr_code cr_await ag_frame ag_code ag_await tb_frame tb_next f_back f_code "
     "f_globals f_locals f_builtins func_globals func_code co_code co_consts co_names mro"
 )
-CHANCE = {"datetime": words("now utcnow today"), "statistics": words("samples")}  # what the allowed modules have of it
+CLOCKS = words("now utcnow today")
 HONEST_DUNDERS = words(  # what honest classes define or read; every other one is refused
     "init new del post_init repr str bytes format hash bool eq ne lt le gt ge len length_hint getitem setitem delitem "
     "missing iter next reversed contains call enter exit aenter aexit aiter anext await add sub mul matmul truediv "
@@ -126,8 +126,10 @@ def check(tree: ast.AST, modules: frozenset[str]) -> None:
     names = loads | bound | attributes | words
     bad = {name for name in names if name.startswith("__") and name.endswith("__")} - DUNDERS
     bad |= (loads - bound) & (DENIED_NAMES | READERS) | attributes & FRAMES | imports - modules
-    for module in CHANCE.keys() & imports:
-        bad |= attributes & CHANCE[module]
+    if "datetime" in imports:  # the only allowed module with a clock
+        bad |= attributes & CLOCKS
+    if "statistics" in imports and names & {"NormalDist", "*"}:  # and the only one with chance
+        bad |= attributes & {"samples"}
     if bad:
         raise Refused("unsafe", min(bad))
 

@@ -158,9 +158,11 @@ def build(node: ast.expr, depth: int = 1) -> object:
                 return kind(value)
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in CONTAINERS and len(arguments) < 2:
             items = [build(argument, depth + 1) for argument in arguments]
-            kinds = {type(item) for item in items}
-            ordered = name in ("list", "tuple", "dict")  # the order of a set is another in each process of the trainer
-            if kinds <= {*CONTAINERS.values()} and not (ordered and kinds & {set, frozenset}):
+            unpacked = {type(item) for item in items if name in ("list", "tuple", "dict")}
+            if name == "dict":
+                unpacked |= {type(pair) for item in items if type(item) in (list, tuple) for pair in item}
+            unordered = unpacked & {set, frozenset}  # in each process of the trainer it would come in another order
+            if all(type(item) in CONTAINERS.values() for item in items) and not unordered:
                 return CONTAINERS[name](*items)
     raise BadLiteral("the text is not a plain literal")
 

@@ -56,6 +56,16 @@ def test_names_of_a_class_that_attributes_read_keep_their_part():
     assert len({program_digest(program.format(*names)) for names in ways}) == 3
     both = "class C:\n    lo, hi = 1, 2\ndef f({}, {}):\n    return C.lo"
     assert program_digest(both.format("lo", "hi")) != program_digest(both.format("hi", "lo"))
+    for body in (
+        "    async def {}(self): pass\n    async def {}(self): return 1\n",
+        "    if True:\n        def {}(self): pass\n        def {}(self): return 1\n",
+        "    for {}, {} in [(1, 2)]: pass\n",
+        "    from math import sin as {}, cos as {}\n",
+    ):
+        text = "class C:\n" + body + "def f(x): return C.a"
+        assert program_digest(text.format("a", "b")) != program_digest(text.format("b", "a"))
+    plain = "from math import sin, cos\ndef g({0}): return 0\ndef f(x): return {0}(x)"
+    assert program_digest(plain.format("sin")) != program_digest(plain.format("cos"))
     same = program.format(*ways[0]).replace("C", "D").replace("self", "it").replace("x", "y")
     assert program_digest(same) == program_digest(program.format(*ways[0]))
 

@@ -387,6 +387,7 @@ def test_a_tag_within_quotes_is_text(value):
 def test_a_repeated_opening_tag_is_no_thought():
     parts = split_response("<think>\n\n</think>\n\n<answer>5</answer>")
     assert parts.formatted and (parts.think, parts.answer) == ("", "5")
+    assert split_response("it ends with '</think>', so.</think>\n<answer>5</answer>").think.endswith(", so.")
 
 
 def test_a_missing_closing_tag_is_not_closed_by_an_invented_turn():
@@ -420,14 +421,18 @@ def test_no_comment_keeps_the_parser_busy(text):
 
 def test_a_multi_line_call_keeps_its_comments_and_comments_make_no_second_input(tmp_path):
     assert input_key(arguments("f([1,  # one\n   5], 3)")) == input_key("[1, 5], 3") == input_key("[1, 5], 3  # c")
-    assert input_key("1, b='a'") == input_key("+1, u'a'") == input_key("a=0x1, b='a'") != input_key("1.0, 'a'")
+    assert input_key("1, b='a'") == input_key("+1, b=u'a'") == input_key("0x1, b='a'  # c") != input_key("1.0, b='a'")
+    assert input_key("x=1") != input_key("y=1") and input_key("b=1, a=2") == input_key("a=2, b=1")
+    assert input_key("1e999j") != input_key("[1e999j]")  # values that no output can be
     assert input_key("x + 1") == input_key("x  +  1") != input_key("x + 2")
 
 
 def test_a_long_call_with_many_brackets_is_parsed_once(monkeypatch):
     seen, parse = [], ast.parse
     monkeypatch.setattr(ast, "parse", lambda *arguments: seen.append(1) or parse(*arguments))
-    assert arguments("f(" + "[]," * 8000 + "$" + ")" * 40).startswith("f([]") and len(seen) == 1
+    assert arguments("f(" + "[]," * 8000 + "$" + ")" * 40).startswith("f([]") and len(seen) == 3
+    long = f"[{'11111, ' * 400}]"
+    assert arguments(f"f({long}) -> 5") == long
     blocks = "".join(f"```input {n}\n{text}\n```\n" for n, text in enumerate(("f(1)", "f(1)  # again", "1 # bare")))
     draft = KINDS["induction"].parse_proposal(blocks + "```message\nm\n```", [KINDS["deduction"].zero()], 2)
     assert draft == (None, "too_few_inputs")

@@ -566,6 +566,7 @@ def test_literals_go_round():
         "1 if 1 else 2",
         "list({'a', 'b'})",  # in whatever order this process has them
         "tuple(frozenset({1, 2}))",
+        "dict([{'a', 'b'}])",
     ):
         with pytest.raises(BadLiteral):
             parse_literal(text)
@@ -717,6 +718,7 @@ def test_what_a_call_leaves_behind_decides_no_other():
     assert {result.verdict for result in results} == {Verdict.NONDETERMINISTIC}
 
 
+@LINUX
 def test_a_program_that_asks_for_its_memory_limit_is_no_task():
     probe = "def f(x):\n    try:\n        return len(bytearray(290 << 20))\n    except MemoryError:\n        return 0"
     with Executor(2) as executor:
