@@ -110,7 +110,7 @@ def last_box(text: str) -> str | None:
 def last_display(text: str) -> str | None:
     """Content of the last `\\[...\\]`; None without one."""
     found, start = None, None
-    for mark in re.finditer(r"(?<!\\)\\[][]", text):  # a line break, `\\\\[4pt]`, opens nothing
+    for mark in re.finditer(r"(?<!\\)\\[][]", text):  # a line break, `\\[4pt]`, opens nothing
         if mark[0] == r"\[":
             start = mark.end() if start is None else start
         elif start is not None:

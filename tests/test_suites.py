@@ -528,6 +528,7 @@ def test_extract_math():
         "from $$x^2 = 4$$ follows \\[ x = 2 \\]": "x = 2",
         "from $$x^2 = 4, x > 0$$ we see that the answer is 2.": "2",
         "it costs $$5": None,
+        "a row ends with \\\\[4pt] here, so \\[ 5 \\]": "5",
         "\\[ x = 1 + 1 \\\\[4pt] = 2 \\] and \\] the end": "x = 1 + 1 \\\\[4pt] = 2",
         "\\boxed{a \\{ b} and \\boxed{1 \\frac{1}{2}} }": "1 \\frac{1}{2}",
         "\\boxed{\\boxed{7}}": "7",
